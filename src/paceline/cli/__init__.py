@@ -1,0 +1,1 @@
+"""One verb per command; heavy imports inside the verb."""

@@ -1,0 +1,1 @@
+"""The trainer's side of features: connections, the pool, the ordered stream."""

@@ -1,0 +1,1 @@
+"""Configuration: frozen pydantic models, one TOML file, overrides on the command line."""

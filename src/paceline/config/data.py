@@ -1,0 +1,59 @@
+"""`[data]` and `[regeneration]`: where conversations come from and how they become rows."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from paceline.config.base import Config
+
+
+class DataConfig(Config):
+    """Conversations or documents, their loss masks, and how they are packed."""
+
+    train: str = Field(min_length=1)
+    """JSONL, JSON or Parquet file, a directory of them, or a datasets hub id."""
+    eval: str | None = None
+    """Held-out data of the same form; None splits `eval_fraction` off `train`."""
+    eval_fraction: float = Field(0.01, ge=0.0, lt=1.0)
+    """Share of `train` held out when `eval` is not set (whole samples, chosen by a hash of each)."""
+    tokenizer: str | None = None
+    """Path or hub id; None uses the target's own."""
+    chat_template: str | None = None
+    """A file with a Jinja chat template that replaces the tokenizer's own."""
+    train_on: Literal["all_turns", "last_turn"] = "all_turns"
+    """Which assistant turns are supervised."""
+    assistant_start: str | None = None
+    """For rows with `text`: the marker after which tokens are supervised (matched on token ids)."""
+    assistant_end: str | None = None
+    """For rows with `text`: the marker that ends supervision; it is itself supervised."""
+    row_tokens: int = Field(8192, ge=16)
+    """Tokens in a packed row: the unit of request, transport and training."""
+    max_sample_tokens: int | None = Field(None, ge=16)
+    """Longer samples are skipped and counted; None cuts those longer than a row into pieces."""
+    min_supervised_tokens: int = Field(2, ge=0)
+    """Samples with fewer supervised tokens are skipped and counted. DFlash wants two blocks (32)."""
+    max_skipped_fraction: float = Field(0.05, ge=0.0, le=1.0)
+    """The run ends if a larger share of samples had to be skipped."""
+    packing_window: int = Field(2048, ge=1)
+    """Documents packed together by best fit; larger fills better and mixes less."""
+    num_workers: int = Field(1, ge=1)
+    """Processes that tokenize."""
+    cache_dir: str | None = None
+    """Where tokenized data is kept; None is `prepared/` in the run directory."""
+
+
+class RegenerationConfig(Config):
+    """Rewriting the answers with the target itself, which DFlash's hard labels want."""
+
+    batch_size: int = Field(16, ge=1)
+    """Conversations generated together."""
+    max_new_tokens: int = Field(1024, ge=1)
+    """Longer answers are cut and marked `"truncated": true`."""
+    temperature: float = Field(0.0, ge=0.0)
+    """0 is greedy."""
+    top_p: float = Field(1.0, gt=0.0, le=1.0)
+    """Nucleus sampling; only with a temperature above 0."""
+    seed: int = 0
+    """Each answer is drawn from (seed, sample id): order and batch size do not matter to the draw."""
+    output: str | None = None
+    """JSONL to write; None is `regenerated.jsonl` in the run directory."""

@@ -1,0 +1,111 @@
+"""TOML file + `section.field=value` overrides -> RunConfig, with errors a user can act on."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+import typing
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from pydantic import BaseModel, ValidationError
+
+from paceline.config.drafts import DFlashConfig, DraftConfig, Eagle3Config
+from paceline.config.run import RunConfig
+from paceline.errors import ConfigError
+
+_DRAFT_CLASSES: dict[str, type[DraftConfig]] = {"eagle3": Eagle3Config, "dflash": DFlashConfig}
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """Read a TOML configuration; relative paths in it stay relative to the working directory.
+
+    Raises:
+        ConfigError: the file is missing or not TOML, or a key or value is wrong (all of them are named).
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot read configuration {path}: {error.strerror}") from error
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from error
+    for override in overrides:
+        _apply_override(table, override)
+    return build_config(table, source=str(path))
+
+
+def build_config(table: dict[str, Any], source: str = "configuration") -> RunConfig:
+    """A RunConfig from plain tables; see `load_config` for errors."""
+    try:
+        return RunConfig.model_validate(table)
+    except ValidationError as error:
+        raise ConfigError(f"{source}:\n" + "\n".join(_explain(problem) for problem in error.errors())) from error
+
+
+def dump_config(config: BaseModel) -> str:
+    """TOML that `build_config` reads back into an equal object; unset optional fields are left out."""
+    return tomli_w.dumps(_without_none(config.model_dump(mode="json")))
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
+    return value
+
+
+def _apply_override(table: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not separator or not all(parts):
+        raise ConfigError(f"override {override!r} is not section.field=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word is a string: training.device=cpu
+    for part in parts[:-1]:
+        table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"override {override!r}: {part} is a value, not a section")
+    if value == "none" or text.strip() == "none":
+        table.pop(parts[-1], None)
+    else:
+        table[parts[-1]] = value
+
+
+def _explain(problem: Any) -> str:
+    location = [str(part) for part in problem["loc"] if str(part) not in _DRAFT_CLASSES]
+    key = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(problem["loc"])
+        nearest = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys: {', '.join(sorted(known))}"
+        return f"  {key}: unknown key; {hint}"
+    if problem["type"] == "missing":
+        return f"  {key}: is required"
+    if problem["type"] == "union_tag_not_found":
+        return f'  {key}: is required: algorithm = "eagle3" or "dflash"'
+    if problem["type"] == "union_tag_invalid":
+        tag = problem["ctx"]["tag"]
+        return f"  {key}.algorithm = {tag!r}: unknown; one of {', '.join(_DRAFT_CLASSES)}"
+    message = problem["msg"].removeprefix("Value error, ")
+    value = problem["input"]
+    shown = "" if isinstance(value, dict | list) else f" = {value!r}"
+    return f"  {key}{shown}: {message}"
+
+
+def _known_keys(location: tuple[Any, ...]) -> list[str]:
+    """Field names of the section that holds the last part of `location`."""
+    model: Any = RunConfig
+    for part in location[:-1]:
+        if part in _DRAFT_CLASSES:
+            model = _DRAFT_CLASSES[part]
+        elif isinstance(model, type) and issubclass(model, BaseModel) and part in model.model_fields:
+            annotation: Any = model.model_fields[part].annotation
+            inner = [a for a in typing.get_args(annotation) if isinstance(a, type) and issubclass(a, BaseModel)]
+            model = inner[0] if inner else annotation
+    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []

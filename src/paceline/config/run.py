@@ -1,0 +1,38 @@
+"""RunConfig: the whole configuration of a run."""
+
+import re
+
+from pydantic import Field, field_validator
+
+from paceline.config.base import Config
+from paceline.config.data import DataConfig, RegenerationConfig
+from paceline.config.drafts import AnyDraftConfig
+from paceline.config.target import PlacementConfig, TargetConfig, TransportConfig
+from paceline.config.training import EvaluationConfig, ExportConfig, TrackingConfig, TrainingConfig
+
+
+class RunConfig(Config):
+    """One TOML file: a target, data, drafts, and how to train them."""
+
+    run_dir: str = Field(min_length=1)
+    """Everything a run writes goes here; running again resumes."""
+    seed: int = 0
+    """Of packing, epoch order, anchors and draft initialisation."""
+    target: TargetConfig
+    data: DataConfig
+    drafts: dict[str, AnyDraftConfig] = Field(min_length=1)
+    training: TrainingConfig = TrainingConfig()
+    placement: PlacementConfig = PlacementConfig()
+    transport: TransportConfig = TransportConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    regeneration: RegenerationConfig = RegenerationConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    export: ExportConfig = ExportConfig()
+
+    @field_validator("drafts")
+    @classmethod
+    def _names_are_plain(cls, drafts: dict[str, AnyDraftConfig]) -> dict[str, AnyDraftConfig]:
+        for name in drafts:
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", name):
+                raise ValueError(f"draft name {name!r}: use letters, digits, '_' and '-', at most 64")
+        return drafts

@@ -1,0 +1,66 @@
+"""The name of every artifact of a run; nobody else spells these paths."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class RunDir:
+    """Paths inside one run directory; creates nothing."""
+
+    root: Path
+
+    @property
+    def resolved_config(self) -> Path:
+        return self.root / "resolved.toml"
+
+    @property
+    def versions(self) -> Path:
+        return self.root / "versions.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def logs(self) -> Path:
+        return self.root / "logs"
+
+    def log(self, role: str, rank: int) -> Path:
+        return self.logs / f"{role}-{rank}.log"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"step-{step:08d}"
+
+    @property
+    def prepared(self) -> Path:
+        return self.root / "prepared"
+
+    @property
+    def regenerated(self) -> Path:
+        return self.root / "regenerated.jsonl"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.root / "evaluation.json"
+
+    def export(self, draft: str) -> Path:
+        return self.root / "export" / draft
+
+    @property
+    def profile(self) -> Path:
+        return self.root / "profile"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.root / "tensorboard"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"

@@ -1,0 +1,56 @@
+"""`[target]`, `[placement]`, `[transport]`: the frozen model, where it runs, how rows travel."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from paceline.config.base import Config
+
+
+class TargetConfig(Config):
+    """The frozen target model."""
+
+    model: str = Field(min_length=1)
+    """Path or hub id of a transformers causal language model."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    engine: Literal["hf"] = "hf"
+    """Who runs it: "hf" is transformers."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """"auto" is the checkpoint's own."""
+    device: str = "auto"
+    """"cpu", "cuda", "cuda:1"; "auto" is cuda where there is one."""
+    device_map: Literal["auto", "balanced", "sequential"] | None = None
+    """Spreads one model over several devices (needs accelerate); None puts it on `device`."""
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = "auto"
+    """transformers' attention implementation."""
+    documents: Literal["auto", "packed", "padded"] = "auto"
+    """How a row's documents share a forward: variable-length attention, or a right-padded batch."""
+    compile: bool = False
+    """Compile the decoder layers with torch.compile."""
+    vocab_chunk_tokens: int = Field(1024, ge=1)
+    """Tokens whose logits exist at one time while greedy tokens are computed."""
+    trust_remote_code: bool = False
+    """Run model code that comes with the checkpoint."""
+    embedding_key: str | None = None
+    """Name of the embedding in the checkpoint, if it is not found by itself."""
+    lm_head_key: str | None = None
+    """Name of the lm_head in the checkpoint, if it is not found by itself."""
+
+
+class PlacementConfig(Config):
+    """Where the target runs and who starts the processes."""
+
+    target: Literal["inline"] = "inline"
+    """"inline": inside the trainer's process, on a thread of its own."""
+
+
+class TransportConfig(Config):
+    """How far the feature stream runs ahead of its trainer."""
+
+    prefetch_rows: int = Field(4, ge=1)
+    """Rows asked for and not yet trained on; 1 is strictly serial."""
+    prefetch_bytes: int = Field(8 << 30, ge=1)
+    """Bytes of features in flight; a larger row travels alone."""
+    row_timeout_s: float = Field(600.0, gt=0)
+    """A row not answered for so long ends the run with the reason; a log line every 30 s before."""

@@ -1,0 +1,1 @@
+"""From conversations to packed rows: sources, chat rendering, loss masks, packing, the row plan."""

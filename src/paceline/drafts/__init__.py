@@ -1,0 +1,1 @@
+"""Draft algorithms: each a folder with its model and its mathematics; shared attention and head losses."""

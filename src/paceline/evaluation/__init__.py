@@ -1,0 +1,1 @@
+"""Acceptance length: the serving walk, real speculative decoding, reports."""

@@ -1,0 +1,1 @@
+"""Published layouts: written, read back, compared."""

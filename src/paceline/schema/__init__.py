@@ -1,0 +1,1 @@
+"""What crosses a process boundary: rows, feature specs, features, target facts. Imports no torch."""

@@ -1,0 +1,108 @@
+"""Features: what is asked of a target (FeatureSpec) and what it answers (Features)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from paceline.errors import ConfigError
+from paceline.schema.rows import Row
+
+if TYPE_CHECKING:
+    import torch
+
+FinalHidden = Literal["none", "supervised", "all"]
+_FINAL_HIDDEN_ORDER: tuple[FinalHidden, ...] = ("none", "supervised", "all")
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureSpec:
+    """What a session wants computed for each row."""
+
+    layers: tuple[int, ...]
+    """Capture layers, strictly ascending; layer i is the output of the 0-based decoder layer i."""
+    final_hidden: FinalHidden = "none"
+    """For which tokens the final hidden state (after the target's last norm) is returned."""
+    greedy: bool = False
+    """Whether the target's argmax token after each token is returned."""
+    logsumexp: bool = False
+    """Whether the logsumexp over all V logits after each token is returned (fp32)."""
+
+    def __post_init__(self) -> None:
+        if list(self.layers) != sorted(set(self.layers)):
+            raise ConfigError(
+                f"capture layers {list(self.layers)} are not strictly ascending: sort them and drop repeats"
+            )
+
+
+def merge_specs(specs: Iterable[FeatureSpec]) -> FeatureSpec:
+    """The smallest spec that serves all `specs`: several drafts share one capture."""
+    specs = list(specs)
+    return FeatureSpec(
+        layers=tuple(sorted({layer for spec in specs for layer in spec.layers})),
+        final_hidden=max((s.final_hidden for s in specs), key=_FINAL_HIDDEN_ORDER.index, default="none"),
+        greedy=any(s.greedy for s in specs),
+        logsumexp=any(s.logsumexp for s in specs),
+    )
+
+
+@dataclass(slots=True, eq=False)
+class Features:
+    """What the target computed for one row; tensors in the target's dtype unless said otherwise."""
+
+    layers: tuple[int, ...]
+    """Which decoder layers `hidden` holds, ascending."""
+    hidden: torch.Tensor
+    """[T, L, H]: outputs of the captured decoder layers."""
+    greedy: torch.Tensor | None
+    """int32[T]: the target's argmax token after each token."""
+    final_hidden: torch.Tensor | None
+    """[F, H]: final hidden states, after the target's last norm."""
+    final_index: torch.Tensor | None
+    """int32[F]: the row index of each of `final_hidden`, ascending."""
+    logsumexp: torch.Tensor | None
+    """float32[T]."""
+    row_hash: str
+    """Of the request these features answer."""
+    finite: bool
+    """Whether every returned number is finite, judged where it was computed."""
+    queued_s: float = 0.0
+    computed_s: float = 0.0
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.hidden.shape[0])
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors that travel, by name."""
+        named = {
+            "hidden": self.hidden,
+            "greedy": self.greedy,
+            "final_hidden": self.final_hidden,
+            "final_index": self.final_index,
+            "logsumexp": self.logsumexp,
+        }
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.tensors().values())
+
+    def select_hidden(self, layers: tuple[int, ...]) -> torch.Tensor:
+        """[T, L * H]: the states of `layers`, concatenated in ascending layer order.
+
+        A view when all captured layers are asked for, a copy otherwise.
+        """
+        hidden = self.hidden
+        if layers != self.layers:
+            hidden = hidden[:, [self.layers.index(layer) for layer in layers]]
+        return hidden.flatten(1)
+
+
+@dataclass(slots=True, eq=False)
+class FeatureRow:
+    """A row with its features: what a stream hands to the trainer."""
+
+    row: Row
+    features: Features

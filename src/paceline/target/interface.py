@@ -1,0 +1,33 @@
+"""The engine interface: who runs the target."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from typing import Protocol
+
+from paceline.schema.features import Features, FeatureSpec
+from paceline.schema.rows import RowRequest
+from paceline.schema.target_info import TargetInfo
+
+
+class Engine(Protocol):
+    """Runs the target over rows.
+
+    Nobody waits for one row before submitting the next; answers may come in any order.
+    """
+
+    def info(self) -> TargetInfo:
+        """The facts about the loaded target; the same object every time."""
+
+    def capture(self, request: RowRequest, spec: FeatureSpec) -> Future[Features]:
+        """Compute features of one row.
+
+        The future fails with CaptureMismatchError or ConfigError for a request that cannot be right (token ids
+        outside the vocabulary, layers out of range), OutOfMemoryError, or TargetError.
+        """
+
+    def room(self) -> int:
+        """How many more rows may be submitted now without only queueing up behind others."""
+
+    def close(self) -> None:
+        """End the engine; futures not yet done fail with StoppedError. Safe to call twice."""

@@ -1,0 +1,1 @@
+"""How features travel from a server to a client."""
