@@ -50,7 +50,7 @@ def tiny_config(architecture: str = "qwen3", **changes: Any) -> PretrainedConfig
         "max_position_embeddings": 4096,
         "tie_word_embeddings": False,
         "bos_token_id": None,
-        "eos_token_id": 259,
+        "eos_token_id": 256,
         "dtype": "float32",
     } | changes
     if architecture == "llama":

@@ -45,8 +45,8 @@ class Row:
         """int32[F]: indices of all supervised tokens, ascending."""
         if not len(self.spans):
             return np.zeros(0, np.int32)
-        pieces = [np.arange(start, end, dtype=np.int32) for start, end in self.spans]
-        return np.concatenate(pieces)
+        index: np.ndarray = np.concatenate([np.arange(start, end, dtype=np.int32) for start, end in self.spans])
+        return index
 
     def document_positions(self) -> np.ndarray:
         """int32[T]: each token's index in its own document."""
