@@ -1,0 +1,142 @@
+"""Attention of draft slots: over an interval of context keys, merged with a few keys of their own.
+
+Every draft algorithm has the same two kinds of keys. *Context* keys belong to row tokens; what a query sees of
+them is an interval [first, end) of the row, which says everything about documents, causality and windows. *Own*
+keys belong to the draft's deeper steps (EAGLE-3: the slot's own depths; DFlash: the slot's own block); they are
+few, so they are scored in closed form and merged through the context's logsumexp. No mask over all pairs of
+queries and keys of several depths ever exists.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_BLOCK = 128
+"""Query and key block of flex_attention; its own default."""
+
+
+@dataclass(frozen=True, slots=True)
+class Visibility:
+    """For each query, the interval [first, end) of context keys it sees; end <= first sees none."""
+
+    first: Tensor
+    """int64[Q]."""
+    end: Tensor
+    """int64[Q]."""
+    blocks: Any = None
+    """flex_attention's BlockMask of the same intervals, where that backend is used."""
+
+
+def build_visibility(first: Tensor, end: Tensor, num_keys: int) -> Visibility:
+    """Intervals with what the device's backend needs: block lists on CUDA, nothing on a CPU."""
+    if first.device.type != "cuda":
+        return Visibility(first, end)
+    return Visibility(first, end, _interval_blocks(first, end, num_keys))
+
+
+def attend_context(q: Tensor, k: Tensor, v: Tensor, visible: Visibility) -> tuple[Tensor, Tensor]:
+    """Attention over context keys alone.
+
+    Args:
+        q: [Q, heads, head_dim]. k, v: [T, kv_heads, head_dim], kv_heads divides heads.
+
+    Returns:
+        out [Q, heads, head_dim] and the fp32 logsumexp [Q, heads] of the scores; a query that sees no key has
+        out 0 and logsumexp -inf.
+    """
+    if visible.blocks is not None:
+        out, lse = _flex()(
+            q.transpose(0, 1)[None],
+            k.transpose(0, 1)[None],
+            v.transpose(0, 1)[None],
+            block_mask=visible.blocks,
+            enable_gqa=q.shape[1] != k.shape[1],
+            return_lse=True,
+        )
+        return out[0].transpose(0, 1), lse[0].transpose(0, 1)
+    return _attend_dense(q, k, v, visible)
+
+
+def _attend_dense(q: Tensor, k: Tensor, v: Tensor, visible: Visibility) -> tuple[Tensor, Tensor]:
+    num_queries, heads, head_dim = q.shape
+    num_keys, kv_heads, _ = k.shape
+    grouped = q.view(num_queries, kv_heads, heads // kv_heads, head_dim)
+    scores = torch.einsum("qhgd,khd->hgqk", grouped.float(), k.float()) / math.sqrt(head_dim)
+    keys = torch.arange(num_keys, device=q.device)
+    hidden_keys = (keys < visible.first[:, None]) | (keys >= visible.end[:, None])
+    scores = scores.masked_fill(hidden_keys, -math.inf)
+    blind = (visible.end <= visible.first)[:, None]
+    # Rows without any key: softmax of all -inf is NaN, in the gradient too, so they are scored 0 and zeroed after.
+    lse = torch.logsumexp(scores.masked_fill(blind, 0.0), -1)
+    weights = torch.exp(scores - lse[..., None])
+    out = torch.einsum("hgqk,khd->qhgd", weights, v.float()).reshape(q.shape).to(q.dtype)
+    lse = lse.masked_fill(blind[:, 0], -math.inf)
+    return out, lse.permute(2, 0, 1).reshape(num_queries, heads)
+
+
+def merge_own(context: tuple[Tensor, Tensor], scores: Tensor, weigh: Callable[[Tensor], Tensor]) -> Tensor:
+    """Join attention over the context with attention over own keys, as one softmax.
+
+    Args:
+        context: out [Q, heads, head_dim] and lse [Q, heads] of `attend_context`.
+        scores: fp32 [Q, heads, m], scaled scores of each query's m own keys (-inf: not seen).
+        weigh: sums own values: fp32 weights [Q, heads, m] -> [Q, heads, head_dim].
+    """
+    out, lse = context
+    weights = torch.softmax(torch.cat([lse[..., None], scores], -1), -1)
+    merged = out.float() * weights[..., :1] + weigh(weights[..., 1:])
+    return merged.to(out.dtype)
+
+
+@functools.cache
+def _flex() -> Callable[..., tuple[Tensor, Tensor]]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    compiled: Callable[..., tuple[Tensor, Tensor]] = torch.compile(flex_attention, dynamic=True)
+    return compiled
+
+
+def _interval_blocks(first: Tensor, end: Tensor, num_keys: int) -> Any:
+    """A BlockMask from intervals: O(blocks), never a table of queries x keys."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    num_queries = len(first)
+    query_blocks, key_blocks = -(-num_queries // _BLOCK), -(-num_keys // _BLOCK)
+    pad = query_blocks * _BLOCK - num_queries
+    seen = end > first
+    low = torch.where(seen, first, num_keys)
+    high = torch.where(seen, end, 0)
+    union_first = torch.nn.functional.pad(low, (0, pad), value=num_keys).view(-1, _BLOCK).amin(1)
+    union_end = torch.nn.functional.pad(high, (0, pad), value=0).view(-1, _BLOCK).amax(1)
+    all_first = torch.nn.functional.pad(first, (0, pad), value=num_keys).view(-1, _BLOCK).amax(1)
+    all_end = torch.nn.functional.pad(end, (0, pad), value=0).view(-1, _BLOCK).amin(1)
+    key_start = torch.arange(key_blocks, device=first.device) * _BLOCK
+    touched = (key_start[None] + _BLOCK > union_first[:, None]) & (key_start[None] < union_end[:, None])
+    full = (key_start[None] >= all_first[:, None]) & (key_start[None] + _BLOCK <= all_end[:, None])
+    partial = touched & ~full
+
+    def listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
+        order = torch.argsort(chosen.int(), dim=1, descending=True, stable=True).int()
+        return chosen.sum(1).int()[None, None], order[None, None].contiguous()
+
+    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key >= first[query]) & (key < end[query])
+
+    partial_count, partial_index = listed(partial)
+    full_count, full_index = listed(full)
+    return BlockMask.from_kv_blocks(
+        partial_count,
+        partial_index,
+        full_count,
+        full_index,
+        BLOCK_SIZE=_BLOCK,
+        mask_mod=visible,
+        seq_lengths=(num_queries, num_keys),
+    )
