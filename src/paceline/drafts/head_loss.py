@@ -30,7 +30,12 @@ class Head:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """fp32 [n, D] of [n, H]."""
-        return transform_logits(hidden @ self.weight.T, self.bias, self.transform)
+        return transform_logits(hidden @ self.weight.T, self.bias, *self.constants)
+
+    @property
+    def constants(self) -> tuple[float, float | None]:
+        """(scale, soft cap), plain numbers that torch.compile can specialise on."""
+        return self.transform.scale, self.transform.soft_cap
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,15 +50,15 @@ class HeadLoss:
     """int64[N]: argmax of the student's logits."""
 
 
-def transform_logits(raw: Tensor, bias: Tensor | None, transform: LogitTransform) -> Tensor:
-    """fp32 soft_cap(scale * (raw + bias))."""
+def transform_logits(raw: Tensor, bias: Tensor | None, scale: float, soft_cap: float | None) -> Tensor:
+    """fp32 soft_cap * tanh(scale * (raw + bias) / soft_cap)."""
     logits = raw.float()
     if bias is not None:
         logits = logits + bias.float()
-    if transform.scale != 1.0:
-        logits = logits * transform.scale
-    if transform.soft_cap is not None:
-        logits = transform.soft_cap * torch.tanh(logits / transform.soft_cap)
+    if scale != 1.0:
+        logits = logits * scale
+    if soft_cap is not None:
+        logits = soft_cap * torch.tanh(logits / soft_cap)
     return logits
 
 
@@ -116,10 +121,15 @@ class TeacherPairs:
 
 
 def _soft_chunk(
-    raw: Tensor, teacher_raw: Tensor, bias: Tensor | None, transform: LogitTransform, index: Tensor, weight: Tensor
+    raw: Tensor,
+    teacher_raw: Tensor,
+    bias: Tensor | None,
+    constants: tuple[float, float | None],
+    index: Tensor,
+    weight: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Cross-entropy [n], argmax [n] and gradient of the weighted sum with respect to raw logits [n, D]."""
-    p = torch.softmax(transform_logits(teacher_raw, bias, transform), -1)[index]
+    p = torch.softmax(transform_logits(teacher_raw, bias, *constants), -1)[index]
     logits = raw.float()
     lse = torch.logsumexp(logits, -1)
     cross_entropy = lse - (p * logits).sum(-1)
@@ -128,16 +138,17 @@ def _soft_chunk(
 
 
 def _hard_chunk(
-    raw: Tensor, bias: Tensor | None, transform: LogitTransform, labels: Tensor, weight: Tensor
+    raw: Tensor, bias: Tensor | None, constants: tuple[float, float | None], labels: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    logits = transform_logits(raw, bias, transform)
+    scale, soft_cap = constants
+    logits = transform_logits(raw, bias, scale, soft_cap)
     lse = torch.logsumexp(logits, -1)
     cross_entropy = lse - logits.gather(-1, labels[:, None])[:, 0]
     is_label = torch.arange(raw.shape[-1], device=raw.device) == labels[:, None]
     gradient = (torch.exp(logits - lse[:, None]) - is_label.float()) * weight[:, None]
-    if transform.soft_cap is not None:
-        gradient = gradient * (1 - (logits / transform.soft_cap) ** 2)
-    return cross_entropy, logits.argmax(-1), (gradient * transform.scale).to(raw.dtype)
+    if soft_cap is not None:
+        gradient = gradient * (1 - (logits / soft_cap) ** 2)
+    return cross_entropy, logits.argmax(-1), (gradient * scale).to(raw.dtype)
 
 
 @functools.cache
@@ -171,7 +182,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
                 states @ head.T,
                 teacher_hidden[teacher_start:teacher_end] @ teacher.weight.T,
                 teacher.bias,
-                teacher.transform,
+                teacher.constants,
                 pairs.teacher[start:end] - teacher_start,
                 row_weight[start:end],
             )
@@ -200,7 +211,7 @@ class _HardCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
             cross_entropy[part], predicted[part], gradient = chunk_loss(
-                hidden[part] @ head.weight.T, head.bias, head.transform, labels[part], row_weight[part]
+                hidden[part] @ head.weight.T, head.bias, head.constants, labels[part], row_weight[part]
             )
             grad_hidden[part] = gradient @ head.weight
         ctx.save_for_backward(grad_hidden)
