@@ -18,6 +18,9 @@ from torch import Tensor
 from paceline.schema.target_info import LogitTransform
 
 
+_IDENTITY = LogitTransform()
+
+
 @dataclass(frozen=True, slots=True)
 class Head:
     """Hidden states -> logits: transform(W h + bias)."""
@@ -26,7 +29,7 @@ class Head:
     """[D, H]."""
     bias: Tensor | None = None
     """[D]."""
-    transform: LogitTransform = LogitTransform()
+    transform: LogitTransform = _IDENTITY
 
     def logits(self, hidden: Tensor) -> Tensor:
         """fp32 [n, D] of [n, H]."""
@@ -158,7 +161,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 class _SoftCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         hidden: Tensor,
         head: Tensor,
@@ -193,7 +196,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
         return (cross_entropy * row_weight).sum(), cross_entropy, predicted
 
     @staticmethod
-    def backward(ctx: Any, grad_total: Tensor, *unused: Any) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad_total: Tensor, *unused: Any) -> Any:
         grad_hidden, grad_head = ctx.saved_tensors
         scale = grad_total.to(grad_hidden.dtype)
         return grad_hidden * scale, grad_head * scale, None, None, None, None, None
@@ -201,7 +204,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
 
 class _HardCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, hidden: Tensor, head: Head, labels: Tensor, row_weight: Tensor, chunk: int, compile_chunks: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         chunk_loss = _compiled(_hard_chunk) if compile_chunks else _hard_chunk
@@ -219,7 +222,7 @@ class _HardCrossEntropy(torch.autograd.Function):
         return (cross_entropy * row_weight).sum(), cross_entropy, predicted
 
     @staticmethod
-    def backward(ctx: Any, grad_total: Tensor, *unused: Any) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad_total: Tensor, *unused: Any) -> Any:
         (grad_hidden,) = ctx.saved_tensors
         return grad_hidden * grad_total.to(grad_hidden.dtype), None, None, None, None, None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -35,7 +35,7 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        down: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        down: Tensor = self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
         return down
 
 
@@ -55,8 +55,8 @@ class Rotary(nn.Module):
             max_position_embeddings=max_positions,
             rope_parameters=parameters,
         )
-        embedding = LlamaRotaryEmbedding(config, device=device)
-        self.inv_freq = embedding.inv_freq.float()
+        embedding = LlamaRotaryEmbedding(config)
+        self.inv_freq: Tensor = embedding.inv_freq.float().to(device)
         self.scale = float(embedding.attention_scaling)
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
