@@ -1,0 +1,1 @@
+"""The transformers engine: any causal language model, in this process, on a thread of its own."""
