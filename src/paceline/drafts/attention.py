@@ -35,8 +35,11 @@ class Visibility:
 
 
 def build_visibility(first: Tensor, end: Tensor, num_keys: int) -> Visibility:
-    """Intervals with what the device's backend needs: block lists on CUDA, nothing on a CPU."""
-    if first.device.type != "cuda":
+    """Intervals with what the backend needs: block lists for flex_attention on CUDA.
+
+    On a CPU flex_attention has no backward pass; for a handful of queries (decoding) its blocks would be empty.
+    """
+    if first.device.type != "cuda" or len(first) < _BLOCK:
         return Visibility(first, end)
     return Visibility(first, end, _interval_blocks(first, end, num_keys))
 
@@ -52,14 +55,7 @@ def attend_context(q: Tensor, k: Tensor, v: Tensor, visible: Visibility) -> tupl
         out 0 and logsumexp -inf.
     """
     if visible.blocks is not None:
-        out, lse = _flex()(
-            q.transpose(0, 1)[None],
-            k.transpose(0, 1)[None],
-            v.transpose(0, 1)[None],
-            block_mask=visible.blocks,
-            enable_gqa=q.shape[1] != k.shape[1],
-            return_lse=True,
-        )
+        out, lse = _flex()(q.transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None], visible.blocks)
         return out[0].transpose(0, 1), lse[0].transpose(0, 1)
     return _attend_dense(q, k, v, visible)
 
@@ -97,9 +93,14 @@ def merge_own(context: tuple[Tensor, Tensor], scores: Tensor, weigh: Callable[[T
 
 @functools.cache
 def _flex() -> Callable[..., tuple[Tensor, Tensor]]:
-    from torch.nn.attention.flex_attention import flex_attention
+    from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
-    compiled: Callable[..., tuple[Tensor, Tensor]] = torch.compile(flex_attention, dynamic=True)
+    def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Any) -> tuple[Tensor, Tensor]:
+        grouped = q.shape[1] != k.shape[1]
+        out, aux = flex_attention(q, k, v, block_mask=blocks, enable_gqa=grouped, return_aux=AuxRequest(lse=True))
+        return out, aux.lse
+
+    compiled: Callable[..., tuple[Tensor, Tensor]] = torch.compile(attend, dynamic=True)
     return compiled
 
 

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from paceline.schema.target_info import LogitTransform
 
-
 _IDENTITY = LogitTransform()
 
 

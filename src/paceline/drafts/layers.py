@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch.nn import functional
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -39,14 +39,13 @@ class SwiGLU(nn.Module):
         return down
 
 
-class Rotary(nn.Module):
+class Rotary:
     """Cosines and sines of positions over the whole head, with the target's theta and scaling.
 
-    Holds no weights; kept in fp32 whatever the draft's dtype.
+    No module: it holds no weights, and stays fp32 whatever the draft's dtype.
     """
 
     def __init__(self, rope: RopeInfo, head_dim: int, max_positions: int, device: torch.device) -> None:
-        super().__init__()
         parameters = {"rope_type": "default", **(rope.scaling or {}), "rope_theta": rope.theta}
         config = LlamaConfig(
             hidden_size=head_dim,
@@ -59,7 +58,7 @@ class Rotary(nn.Module):
         self.inv_freq: Tensor = embedding.inv_freq.float().to(device)
         self.scale = float(embedding.attention_scaling)
 
-    def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def __call__(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(cos, sin), each [n, 1, head_dim] in `dtype`, for int [n] positions."""
         angles = positions.float()[:, None] * self.inv_freq[None, :]
         angles = torch.cat([angles, angles], -1)[:, None]

@@ -43,6 +43,14 @@ def published_theta(config: Mapping[str, Any]) -> float | None:
     return None if theta is None else float(theta)
 
 
+def published_scaling(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """RoPE scaling of a published configuration, whichever way it was written; None is plain RoPE."""
+    written = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    scaling = {key: value for key, value in written.items() if key not in ("rope_theta", "type")}
+    scaling["rope_type"] = written.get("rope_type") or written.get("type") or "default"
+    return None if scaling["rope_type"] == "default" else scaling
+
+
 def check_names(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
     """Raise DraftError unless both have the same names with the same shapes."""
     missing = sorted(expected.keys() - tensors.keys())
