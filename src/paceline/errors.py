@@ -24,6 +24,10 @@ class CaptureMismatchError(PacelineError):
     """An intact reply that is wrong: other token count, hash, shapes, dtypes, layers, or not finite."""
 
 
+class HandshakeError(PacelineError):
+    """A server whose target, tokenizer, sizes or protocol are not what the run expects: says which side has what."""
+
+
 class DraftError(PacelineError):
     """A draft that does not fit its target, its vocabulary or its weights."""
 

@@ -1,0 +1,114 @@
+"""Checks that an intact reply is the right one, and that a server is the one the run expects."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from paceline.client.layout import reply_layout
+from paceline.errors import CaptureMismatchError, HandshakeError
+from paceline.schema.features import Features, FeatureSpec
+from paceline.schema.rows import RowRequest
+from paceline.schema.target_info import TargetInfo
+
+
+def check_reply(server: str, request: RowRequest, spec: FeatureSpec, info: TargetInfo, features: Features) -> None:
+    """Return if `features` can only be the answer to `request`; reads a few numbers of them.
+
+    Raises:
+        CaptureMismatchError: token count, row hash, layers, tensors, shapes, dtypes, ranges or finiteness are wrong;
+            names both values.
+    """
+    where = f"{server} answered row {request.position} (features {request.spec!r})"
+    if features.num_tokens != len(request.tokens):
+        raise CaptureMismatchError(
+            f"{where} with {features.num_tokens} tokens, {len(request.tokens)} were sent: "
+            "target and trainer tokenize differently; compare target.model with data.tokenizer"
+        )
+    row_hash = request.row_hash()
+    if features.row_hash != row_hash:
+        raise CaptureMismatchError(f"{where} for the row of hash {features.row_hash}, {row_hash} was sent")
+    if features.layers != spec.layers:
+        raise CaptureMismatchError(
+            f"{where} with capture layers {list(features.layers)}, {list(spec.layers)} were asked for"
+        )
+    _check_tensors(where, request, spec, info, features)
+    if not features.finite:
+        raise CaptureMismatchError(
+            f"{where} with finite = {features.finite}, expected True: numbers overflowed in the target; "
+            "try target.dtype = bfloat16 or float32"
+        )
+    _check_ranges(where, request, spec, info, features)
+
+
+def _check_tensors(where: str, request: RowRequest, spec: FeatureSpec, info: TargetInfo, features: Features) -> None:
+    expected = reply_layout(request, spec, info)
+    received = features.tensors()
+    if received.keys() != expected.keys():
+        raise CaptureMismatchError(
+            f"{where} with tensors {', '.join(sorted(received))}; {', '.join(sorted(expected))} were asked for"
+        )
+    for name, layout in expected.items():
+        dtype = str(received[name].dtype).removeprefix("torch.")
+        shape = tuple(received[name].shape)
+        if (dtype, shape) != (layout.dtype, layout.shape):
+            raise CaptureMismatchError(
+                f"{where} with {name} {dtype}{list(shape)}, expected {layout.dtype}{list(layout.shape)}"
+            )
+
+
+def _check_ranges(where: str, request: RowRequest, spec: FeatureSpec, info: TargetInfo, features: Features) -> None:
+    if features.greedy is not None:
+        greedy = features.greedy.cpu().numpy()
+        if greedy.min() < 0 or greedy.max() >= info.vocab_size:
+            raise CaptureMismatchError(
+                f"{where} with greedy tokens {greedy.min()}..{greedy.max()}, the vocabulary is 0..{info.vocab_size - 1}"
+            )
+    if features.final_index is not None:
+        received = features.final_index.cpu().numpy()
+        expected = _final_index(request, spec)
+        wrong = np.flatnonzero(received != expected)
+        if len(wrong):
+            first = wrong[0]
+            raise CaptureMismatchError(
+                f"{where} with final_index[{first}] = {received[first]}, expected {expected[first]} "
+                f"({len(wrong)} of {len(expected)} differ)"
+            )
+
+
+def _final_index(request: RowRequest, spec: FeatureSpec) -> np.ndarray:
+    if spec.final_hidden == "all" or not len(request.spans):
+        return np.arange(len(request.tokens) if spec.final_hidden == "all" else 0)
+    return np.concatenate([np.arange(start, end) for start, end in request.spans])
+
+
+def check_target(server: str, served: TargetInfo, expected: TargetInfo) -> None:
+    """Return if the two targets are interchangeable.
+
+    Raises:
+        HandshakeError: any fact differs; names each with both sides.
+    """
+    facts = served.model_dump()
+    differences = [
+        f"{name}: {server} has {facts[name]!r}, this run expects {value!r}"
+        for name, value in expected.model_dump().items()
+        if facts[name] != value
+    ]
+    if differences:
+        raise HandshakeError(f"{server} serves another target than this run expects:\n  " + "\n  ".join(differences))
+
+
+def check_specs(server: str, served: TargetInfo, specs: Mapping[str, FeatureSpec]) -> None:
+    """Return if the target has every capture layer that is asked for.
+
+    Raises:
+        HandshakeError: names the layers and how many there are.
+    """
+    for name, spec in specs.items():
+        missing = [layer for layer in spec.layers if not 0 <= layer < served.num_layers]
+        if missing:
+            raise HandshakeError(
+                f"features {name!r} ask for capture layers {missing}, {server} has 0..{served.num_layers - 1}: "
+                "correct drafts.NAME.target_layers"
+            )
