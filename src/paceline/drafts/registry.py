@@ -1,9 +1,12 @@
-"""Algorithms by name: ours and those of other packages (entry points `paceline.algorithms`)."""
+"""Algorithms by name: ours, and those of other packages (entry points `paceline.algorithms`)."""
 
+from importlib import import_module
 from importlib.metadata import entry_points
 
 from paceline.drafts.interface import DraftAlgorithm
 from paceline.errors import ConfigError
+
+_OURS = {"eagle3": "paceline.drafts.eagle3.algorithm:Eagle3", "dflash": "paceline.drafts.dflash.algorithm:DFlash"}
 
 
 def load_algorithm(name: str) -> type[DraftAlgorithm]:
@@ -12,8 +15,10 @@ def load_algorithm(name: str) -> type[DraftAlgorithm]:
     Raises:
         ConfigError: no installed package registers it; names those that are there.
     """
-    found = {entry.name: entry for entry in entry_points(group="paceline.algorithms")}
+    others = {entry.name: entry.value for entry in entry_points(group="paceline.algorithms")}
+    found = others | _OURS
     if name not in found:
         raise ConfigError(f"algorithm {name!r} is not installed; known: {', '.join(sorted(found))}")
-    algorithm: type[DraftAlgorithm] = found[name].load()
+    module, _, attribute = found[name].partition(":")
+    algorithm: type[DraftAlgorithm] = getattr(import_module(module), attribute)
     return algorithm
