@@ -1,0 +1,219 @@
+"""Loading a target: any transformers causal language model, from a directory or the hub."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from paceline.config.target import TargetConfig
+from paceline.errors import OutOfMemoryError, TargetError
+from paceline.target.hf.stored_tensors import read_tensor_table
+
+logger = logging.getLogger(__name__)
+
+_HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+_HUB_IGNORED = ["original/*", "consolidated*"]
+"""Second copies of the same weights in other layouts."""
+_LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError)
+"""What transformers raises for a checkpoint it cannot load."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelParts:
+    """The parts of a loaded causal language model that capture needs."""
+
+    model: PreTrainedModel
+    body: nn.Module
+    """Everything from token ids to the final hidden state, without the lm_head."""
+    layers: nn.ModuleList
+    """The decoder layers, N of them."""
+    embedding: nn.Module
+    lm_head: nn.Module
+    config: PretrainedConfig
+    """The text model's own configuration."""
+
+    state_dtype: torch.dtype
+    """Dtype of hidden states."""
+    vocab_size: int
+    """V: rows of the embedding."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where tokens go in."""
+        device: torch.device = next(self.embedding.parameters()).device
+        return device
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device a `target.device` setting means here.
+
+    Raises:
+        TargetError: a CUDA device that this machine does not have.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise TargetError(f"target.device = {name!r} is not a device: use cpu, cuda or cuda:N") from error
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        index = device.index or 0
+        if index >= count:
+            raise TargetError(
+                f"target.device = {name!r}, but this machine has {count} CUDA devices: use cpu or another"
+            )
+        return torch.device("cuda", index)
+    return device
+
+
+def resolve_checkpoint(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Path:
+    """The directory of a checkpoint: `model` itself, or a download of that hub id.
+
+    Raises:
+        TargetError: no such directory, or a hub id that cannot be fetched.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise TargetError(f"target.model = {model!r} is a file: name the checkpoint's directory")
+    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
+        raise TargetError(f"target.model = {model!r}: no such directory")
+    patterns = [*_HUB_PATTERNS, "*.py"] if trust_remote_code else _HUB_PATTERNS
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=_HUB_IGNORED))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise TargetError(
+            f"target.model = {model!r} is neither a directory here nor a hub model that can be fetched ({reason})"
+        ) from error
+
+
+def load_config(checkpoint: Path, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The checkpoint's whole configuration (text models nest theirs: `get_text_config()`).
+
+    Raises:
+        TargetError: missing, damaged, or an architecture this transformers does not know.
+    """
+    if not (checkpoint / "config.json").is_file():
+        raise TargetError(f"{checkpoint} has no config.json: is this a transformers checkpoint?")
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+    except _LOAD_ERRORS as error:
+        raise TargetError(f"{checkpoint / 'config.json'} cannot be used: {_short(error)}") from error
+    return config
+
+
+def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a directory or hub id.
+
+    Raises:
+        TargetError: there is none, or it cannot be read.
+    """
+    directory = resolve_checkpoint(path, revision, trust_remote_code)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            directory, trust_remote_code=trust_remote_code
+        )
+    except _LOAD_ERRORS as error:
+        raise TargetError(f"no usable tokenizer in {directory}: {_short(error)}") from error
+    if len(tokenizer) == 0:
+        raise TargetError(f"the tokenizer in {directory} has no tokens: save the model's own tokenizer there")
+    return tokenizer
+
+
+def load_model(config: TargetConfig, checkpoint: Path, device: torch.device) -> PreTrainedModel:
+    """The frozen model in eval mode, on `device` or spread by `target.device_map`.
+
+    Raises:
+        TargetError: missing or damaged files, an unknown architecture, tensors the model needs and the files lack.
+        OutOfMemoryError: it does not fit.
+    """
+    whole = load_config(checkpoint, config.trust_remote_code)
+    read_tensor_table(checkpoint)  # a missing or cut file is named here, not by a loader's stack of errors
+    options: dict[str, Any] = {"dtype": config.dtype, "trust_remote_code": config.trust_remote_code}
+    if config.attention != "auto":
+        options["attn_implementation"] = config.attention
+    if config.device_map is not None:
+        options["device_map"] = config.device_map
+    elif getattr(whole, "quantization_config", None) is not None:
+        options["device_map"] = {"": device}  # quantised weights are placed while they are read
+    loader: Any = AutoModelForCausalLM  # transformers' types leave out what output_loading_info returns
+    model: PreTrainedModel
+    try:
+        model, report = loader.from_pretrained(checkpoint, use_safetensors=True, output_loading_info=True, **options)
+        if "device_map" not in options:
+            nn.Module.to(model, device)
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemoryError(
+            f'{config.model} does not fit on {device}: use target.dtype = "bfloat16", or target.device_map'
+        ) from error
+    except _LOAD_ERRORS as error:
+        raise TargetError(f"target.model = {config.model!r} cannot be loaded: {_short(error)}") from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise TargetError(
+            f"{checkpoint} lacks {len(missing)} of the model's tensors, first {missing[0]}: "
+            f"is config.json ({whole.model_type}) that of these weights?"
+        )
+    if report["unexpected_keys"]:
+        unexpected = sorted(report["unexpected_keys"])
+        logger.info("%d tensors of %s are not used, first %s", len(unexpected), checkpoint, unexpected[0])
+    model.eval()
+    model.requires_grad_(False)
+    return model
+
+
+def find_parts(model: PreTrainedModel) -> ModelParts:
+    """Body, decoder layers, embedding and lm_head of a causal language model.
+
+    Raises:
+        TargetError: an architecture laid out in another way.
+    """
+    config = model.config.get_text_config(decoder=True)
+    body = model.get_decoder()
+    num_layers = config.num_hidden_layers
+    lists = [child for child in body.children() if isinstance(child, nn.ModuleList) and len(child) == num_layers]
+    if len(lists) != 1:
+        raise TargetError(
+            f"{type(model).__name__}: {len(lists)} lists of {num_layers} modules in {type(body).__name__}, "
+            "expected exactly one (the decoder layers): this architecture cannot be captured"
+        )
+    lm_head = model.get_output_embeddings()
+    if lm_head is None:
+        raise TargetError(f"{type(model).__name__} has no lm_head: is this a causal language model?")
+    embedding = body.get_input_embeddings()
+    state_dtype, vocab_size = _probe_states(body, embedding)
+    return ModelParts(model, body, lists[0], embedding, lm_head, config, state_dtype, vocab_size)
+
+
+@torch.no_grad()
+def _probe_states(body: nn.Module, embedding: nn.Module) -> tuple[torch.dtype, int]:
+    """Dtype of the model's states (not that of its weights where these are quantised), and its embedding rows."""
+    table = embedding.weight
+    assert isinstance(table, torch.Tensor)
+    final = body(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=table.device), use_cache=False)[0]
+    return final.dtype, table.shape[0]
+
+
+def _short(error: BaseException) -> str:
+    """The first lines of transformers' message; its errors run to pages."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:400]}"
