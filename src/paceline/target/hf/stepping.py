@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from paceline.errors import ConfigError
+from paceline.target.hf.loading import ModelParts, find_parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,7 @@ class TargetSequence:
     and reads the tokens that stay once more.
     """
 
-    def __init__(self, model: PreTrainedModel, layers: tuple[int, ...] = ()) -> None:
+    def __init__(self, parts: ModelParts, layers: tuple[int, ...] = ()) -> None:
         """
         Args:
             layers: capture layers, ascending; layer i is the output of the 0-based decoder layer i.
@@ -40,14 +41,12 @@ class TargetSequence:
         Raises:
             ConfigError: a layer the target does not have.
         """
-        self._model = model
-        self._decoder_layers = decoder_layers(model)
-        if layers and not 0 <= min(layers) <= max(layers) < len(self._decoder_layers):
-            raise ConfigError(
-                f"capture layers {list(layers)}: the target has layers 0..{len(self._decoder_layers) - 1}"
-            )
+        num_layers = len(parts.layers)
+        if layers and not 0 <= min(layers) <= max(layers) < num_layers:
+            raise ConfigError(f"capture layers {list(layers)}: the target has layers 0..{num_layers - 1}")
+        self._parts = parts
         self._layers = layers
-        self._cache = DynamicCache(config=model.config)
+        self._cache = DynamicCache(config=parts.model.config)
         self._num_tokens = 0
         self._copies: dict[int, Any] = {}
         self._newest = torch.empty(0, dtype=torch.int64)
@@ -97,9 +96,9 @@ class TargetSequence:
         self._num_tokens -= num_removed
 
     def _forward(self, tokens: Tensor, num_logits: int) -> Advance:
-        device = _device_of(self._model)
-        with _captured(self._decoder_layers, self._layers) as states:
-            output = self._model(
+        device = self._parts.device
+        with _captured(self._parts.layers, self._layers) as states:
+            output = self._parts.model(
                 input_ids=tokens.to(device)[None],
                 past_key_values=self._cache,
                 use_cache=True,
@@ -117,21 +116,27 @@ class SteppingTarget:
     """A loaded causal language model that starts sequences, scores texts and writes on its own."""
 
     def __init__(self, model: PreTrainedModel, eos_token_ids: tuple[int, ...] | None = None) -> None:
-        """`eos_token_ids`: None takes the model's own generation settings."""
+        """`eos_token_ids`: None takes the model's own generation settings.
+
+        Raises:
+            TargetError: an architecture that cannot be captured.
+        """
         self.model = model.eval()
+        self._parts = find_parts(model)
         self.eos_token_ids = _own_eos(model) if eos_token_ids is None else eos_token_ids
 
     @property
     def device(self) -> torch.device:
-        return _device_of(self.model)
+        return self._parts.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return cast(torch.dtype, self.model.dtype)
+        """Of hidden states; weights may be quantised."""
+        return self._parts.state_dtype
 
     def sequence(self, layers: tuple[int, ...] = ()) -> TargetSequence:
         """A new, empty text with states of `layers` captured."""
-        return TargetSequence(self.model, layers)
+        return TargetSequence(self._parts, layers)
 
     @torch.no_grad()
     def score(self, text: Tensor, num_logits: int) -> Tensor:
@@ -175,23 +180,6 @@ _PLAIN_GREEDY: dict[str, Any] = {
     "forced_bos_token_id": None,
     "forced_eos_token_id": None,
 }
-
-
-def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The decoder layers of a causal language model, in order.
-
-    Raises:
-        ConfigError: the architecture does not keep them in `layers` of its decoder.
-    """
-    layers = getattr(model.get_decoder(), "layers", None)
-    if not isinstance(layers, nn.ModuleList):
-        raise ConfigError(f"{type(model).__name__} has no list of decoder layers: it cannot be a target")
-    return layers
-
-
-def _device_of(model: PreTrainedModel) -> torch.device:
-    """Where tokens go in; a model spread over devices begins there."""
-    return cast(nn.Embedding, model.get_input_embeddings()).weight.device
 
 
 def _own_eos(model: PreTrainedModel) -> tuple[int, ...]:
