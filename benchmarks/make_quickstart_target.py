@@ -29,7 +29,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config,
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # runs from a checkout, installed or not
 
-from paceline.data.regeneration import Prompt
+from paceline.data.completion import Prompt
 from paceline.data.stdlib_conversations import make_conversations, read_sources
 from paceline.target.hf.generation import Generator
 
@@ -123,6 +123,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--rows-per-step", type=int, default=128, help="rows in an optimizer step (%(default)s)")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (%(default)s)")
     parser.add_argument("--weight-decay", type=float, default=0.1, help="of matrices (%(default)s)")
+    parser.add_argument("--dropout", type=float, default=0.1, help="while training only (%(default)s)")
     parser.add_argument("--num-prompts", type=int, default=64, help="held-out prompts answered at the end")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--small", action="store_true", help="a much smaller model and less text, to test this script")
@@ -248,7 +249,9 @@ def train(
 ) -> Qwen3ForCausalLM:
     """The moving average of the weights that did best on `checked`."""
     optimizer = build_optimizer(model, options)
-    average = copy.deepcopy(model).requires_grad_(requires_grad=False)
+    average: Qwen3ForCausalLM = copy.deepcopy(model).requires_grad_(requires_grad=False)
+    average.eval()
+    drop_in_training(model, options.dropout)
     best, best_loss = copy.deepcopy(average.state_dict()), math.inf
     generator = torch.Generator().manual_seed(options.seed)
     code_ids, talk_ids = endless_ids(len(code.tokens), generator), endless_ids(len(talk.tokens), generator)
@@ -287,6 +290,20 @@ def train(
     print(f"final loss {loss.item():.4f}; best on answers about unseen modules {best_loss:.4f}")
     average.load_state_dict(best)
     return average
+
+
+def drop_in_training(model: Qwen3ForCausalLM, share: float) -> None:
+    """Drop `share` of what each attention and MLP adds: Qwen3 has no dropout, and the text is read many times."""
+
+    def drop(module: torch.nn.Module, _inputs: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (functional.dropout(output[0], share, module.training), *output[1:])
+        return functional.dropout(output, share, module.training)
+
+    model.train()
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_hook(drop)
+        layer.mlp.register_forward_hook(drop)
 
 
 def build_optimizer(model: Qwen3ForCausalLM, options: argparse.Namespace) -> torch.optim.Optimizer:

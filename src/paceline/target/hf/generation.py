@@ -21,7 +21,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from paceline.data.regeneration import Answer, Prompt
+from paceline.data.completion import Answer, Prompt
 from paceline.errors import ConfigError, OutOfMemoryError, StoppedError
 
 
@@ -75,14 +75,12 @@ class Generator:
             try:
                 ids = self._render(prompt)
             except (jinja2.TemplateError, TypeError, ValueError) as error:
-                answers[i] = Answer("", failure=f"the chat template cannot render the prompt: {error}")
+                answers[i] = Answer("", failure="the chat template refuses it", detail=str(error))
                 continue
             if len(ids) + self._max_new_tokens > self._max_positions:
-                answers[i] = Answer(
-                    "",
-                    failure=f"the prompt has {len(ids)} tokens; with {self._max_new_tokens} new ones (max_new_tokens) "
-                    f"that is more than the target's {self._max_positions} positions",
-                )
+                wanted = f"{len(ids)} + {self._max_new_tokens} (max_new_tokens) tokens"
+                detail = f"{wanted}, the target has {self._max_positions} positions"
+                answers[i] = Answer("", failure="the prompt is too long", detail=detail)
                 continue
             rendered.append((i, ids))
         if rendered:
