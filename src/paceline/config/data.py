@@ -1,8 +1,8 @@
 """`[data]` and `[regeneration]`: where conversations come from and how they become rows."""
 
-from typing import Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from paceline.config.base import Config
 
@@ -11,7 +11,7 @@ class DataConfig(Config):
     """Conversations or documents, their loss masks, and how they are packed."""
 
     train: str = Field(min_length=1)
-    """JSONL, JSON or Parquet file, a directory of them, or a datasets hub id."""
+    """JSONL, JSON or Parquet file, a directory of them, or a datasets hub id (OWNER/NAME or OWNER/NAME:SPLIT)."""
     eval: str | None = None
     """Held-out data of the same form; None splits `eval_fraction` off `train`."""
     eval_fraction: float = Field(0.01, ge=0.0, lt=1.0)
@@ -20,6 +20,8 @@ class DataConfig(Config):
     """Path or hub id; None uses the target's own."""
     chat_template: str | None = None
     """A file with a Jinja chat template that replaces the tokenizer's own."""
+    chat_template_args: dict[str, Any] = Field(default_factory=dict)
+    """Variables handed to the chat template, e.g. `{ enable_thinking = false }`; give the server the same."""
     train_on: Literal["all_turns", "last_turn"] = "all_turns"
     """Which assistant turns are supervised."""
     assistant_start: str | None = None
@@ -40,6 +42,12 @@ class DataConfig(Config):
     """Processes that tokenize."""
     cache_dir: str | None = None
     """Where tokenized data is kept; None is `prepared/` in the run directory."""
+
+    @model_validator(mode="after")
+    def _an_end_marker_has_a_start(self) -> Self:
+        if self.assistant_end and not self.assistant_start:
+            raise ValueError("assistant_end is set without assistant_start: set both, or neither")
+        return self
 
 
 class RegenerationConfig(Config):
