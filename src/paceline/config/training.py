@@ -81,6 +81,8 @@ class TrackingConfig(Config):
     """Project of the run."""
     wandb_mode: Literal["online", "offline"] = "online"
     """"offline" writes to the run directory only."""
+    trackers: tuple[str, ...] = ()
+    """Further views, of other packages (entry points `paceline.trackers`)."""
 
 
 class ExportConfig(Config):

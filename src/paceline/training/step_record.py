@@ -1,0 +1,182 @@
+"""What a step leaves behind: losses that stay on the device until they are read, and times that are read with them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from paceline.drafts.interface import LossTerms
+from paceline.errors import PacelineError
+from paceline.observe.metrics import Line
+from paceline.observe.spans import Spans
+from paceline.schema.rows import Row
+
+Mark = float | torch.cuda.Event
+
+
+class DeviceClock:
+    """Moments on the device's own time line: recorded without waiting for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+
+    def mark(self) -> Mark:
+        """The moment at which the device has done all work given to it so far."""
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    @staticmethod
+    def seconds(start: Mark, end: Mark) -> float:
+        """Seconds from `start` to `end`; on a GPU only after the device has passed `end`."""
+        if isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
+            return float(start.elapsed_time(end)) / 1e3
+        assert isinstance(start, float)
+        assert isinstance(end, float)
+        return end - start
+
+
+class LossSums:
+    """One draft's loss over the rows of a step: sums and weights, added in fp32 on the device (N11)."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.total = torch.zeros((), device=device)
+        self.weight = torch.zeros((), device=device)
+        self.metrics: dict[str, Tensor] = {}
+
+    def add(self, terms: LossTerms) -> None:
+        """Take in one row's terms; keeps no graph."""
+        self.total += terms.total.detach()
+        self.weight += terms.weight
+        for name, sums in terms.metrics.items():
+            self.metrics[name] = self.metrics[name] + sums if name in self.metrics else sums
+
+
+@dataclass(slots=True)
+class StepRecord:
+    """One optimizer step, as the trainer fills it in."""
+
+    step: int
+    """Optimizer steps done, this one included."""
+    num_rows: int = 0
+    num_tokens: int = 0
+    num_supervised: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Host times: data_wait, step."""
+    marks: list[tuple[str, Mark, Mark]] = field(default_factory=list)
+    """Device times: forward, backward, optimizer."""
+    sums: dict[str, LossSums] = field(default_factory=dict)
+    """By draft."""
+    grad_norms: dict[str, Tensor] = field(default_factory=dict)
+    learning_rates: dict[str, float] = field(default_factory=dict)
+    stream: dict[str, float] = field(default_factory=dict)
+    """What the stream told at the end of the step."""
+
+    def count(self, row: Row) -> None:
+        """Take in the sizes of a row that was trained."""
+        self.num_rows += 1
+        self.num_tokens += row.num_tokens
+        self.num_supervised += row.num_supervised
+
+
+class StepLog:
+    """Records of the steps since the last reading; `read` is the one place that waits for the device."""
+
+    def __init__(self, zero_weight_steps: dict[str, int]) -> None:
+        self.zero_weight_steps = dict(zero_weight_steps)
+        """By draft: steps read so far that had no weight and changed nothing."""
+        self._records: list[StepRecord] = []
+        self._interval_start = time.perf_counter()
+
+    def restart_interval(self) -> None:
+        """Leave the time since the last step out of the next tokens/s (evaluation, a checkpoint)."""
+        assert not self._records
+        self._interval_start = time.perf_counter()
+
+    def append(self, record: StepRecord) -> None:
+        """Keep a finished step."""
+        self._records.append(record)
+
+    def read(self) -> Iterator[Line]:
+        """One line of metrics for each step since the last call, ordered by step.
+
+        Raises:
+            PacelineError: a loss or a gradient norm is not finite; names the step and the draft, after the lines of
+                the steps before it.
+        """
+        records, self._records = self._records, []
+        if not records:
+            return
+        numbers = iter(_read_numbers(records))
+        interval_s = max(time.perf_counter() - self._interval_start, 1e-9)
+        tokens_per_s = sum(record.num_tokens for record in records) / interval_s
+        self._interval_start = time.perf_counter()
+        for record in records:
+            yield self._line(record, numbers, tokens_per_s)
+
+    def _line(self, record: StepRecord, numbers: Iterator[float], tokens_per_s: float) -> Line:
+        spans = Spans()
+        for name, start, end in record.marks:
+            spans.add(name, DeviceClock.seconds(start, end))
+        drafts = {}
+        for name, sums in record.sums.items():
+            total, weight, norm = next(numbers), next(numbers), next(numbers)
+            loss = total / weight if weight else None
+            _check_finite(record.step, name, total, norm)
+            self.zero_weight_steps[name] = self.zero_weight_steps.get(name, 0) + (weight == 0)
+            drafts[name] = {
+                "loss": loss,
+                "weight": weight,
+                "lr": record.learning_rates[name],
+                "grad_norm": norm,
+                "zero_weight_steps": self.zero_weight_steps[name],
+                "per_position": {
+                    metric: _ratios([next(numbers) for _ in range(vector.numel())])
+                    for metric, vector in sums.metrics.items()
+                },
+            }
+        return {
+            "step": record.step,
+            "rows": record.num_rows,
+            "tokens": record.num_tokens,
+            "supervised_tokens": record.num_supervised,
+            "tokens_per_s": tokens_per_s,
+            "seconds": record.seconds | spans.take(),
+            "stream": record.stream,
+            "drafts": drafts,
+        }
+
+
+def _read_numbers(records: list[StepRecord]) -> list[float]:
+    """All device numbers of all records in one copy: per draft total, weight, norm, then its metrics."""
+    vectors = [
+        vector.reshape(-1).float()
+        for record in records
+        for name, sums in record.sums.items()
+        for vector in (sums.total, sums.weight, record.grad_norms[name], *sums.metrics.values())
+    ]
+    numbers: list[float] = torch.cat(vectors).tolist()
+    return numbers
+
+
+def _ratios(sums_and_counts: list[float]) -> list[float | None]:
+    half = len(sums_and_counts) // 2
+    return [
+        total / count if count else None
+        for total, count in zip(sums_and_counts[:half], sums_and_counts[half:], strict=True)
+    ]
+
+
+def _check_finite(step: int, draft: str, loss: float, norm: float) -> None:
+    for what, value in (("loss", loss), ("gradient norm", norm)):
+        if not abs(value) < float("inf"):
+            raise PacelineError(
+                f"step {step}: the {what} of draft {draft!r} is {value}. The step was not applied and no checkpoint "
+                f"was written since: lower drafts.{draft}.lr, or look at the rows of this step"
+            )
