@@ -22,8 +22,9 @@ class Engine(Protocol):
     def capture(self, request: RowRequest, spec: FeatureSpec) -> Future[Features]:
         """Compute features of one row.
 
-        The future fails with CaptureMismatchError or ConfigError for a request that cannot be right (token ids
-        outside the vocabulary, layers out of range), OutOfMemoryError, or TargetError.
+        The future resolves when every number is in memory (on a GPU too: `finite` is known by then), so that any
+        stream may read them. It fails with CaptureMismatchError or ConfigError for a request that cannot be right
+        (token ids outside the vocabulary, layers out of range), OutOfMemoryError, or TargetError.
         """
 
     def room(self) -> int:

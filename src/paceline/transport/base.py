@@ -19,7 +19,7 @@ class Sender(Protocol[SentT_co]):
     """
 
     def send(self, features: Features) -> SentT_co:
-        """The parcel for one row; called on the thread that resolved the engine's future."""
+        """The parcel for one row; its numbers are in memory; called on the thread that resolved the engine's future."""
 
     def close(self) -> None:
         """Free what the channel holds; safe to call twice."""

@@ -1,15 +1,15 @@
 """The local transport: features handed over inside one process, without a copy on the trainer's own device.
 
-On CUDA the producing stream records an event when the features leave the engine; the consumer's current stream waits
-for it, and the caching allocator is told of every stream that reads a tensor, so that no memory is reused too early.
-Nothing waits on the host and no device is synchronized.
+An engine resolves a row when its numbers are in memory (it has read `finite` by then), so the hand-over itself waits
+for nothing. What is left to order on CUDA: copies to another device run on streams of their own and end in an event
+that the consumer's current stream waits for; and the caching allocator is told of every stream that reads a tensor, so
+that no memory is used again too early. No device is synchronized.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,25 +17,11 @@ from torch import Tensor
 from paceline.schema.features import Features
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class LocalParcel:
-    """Features as the engine left them."""
-
-    features: Features
-    written: dict[torch.device, torch.cuda.Event]
-    """Per CUDA device, the event after which the numbers are there."""
-
-
 class LocalSender:
-    """Marks on the producing streams where the features are complete.
+    """The engine's end: nothing has to be done to features that stay in the process."""
 
-    The marks are on the current streams of the calling thread, so it must be the engine's own thread, or the engine
-    must resolve a row only when its numbers are there. (It must know `finite` by then, so it does.)
-    """
-
-    def send(self, features: Features) -> LocalParcel:
-        devices = {tensor.device for tensor in features.tensors().values() if tensor.is_cuda}
-        return LocalParcel(features, {device: torch.cuda.current_stream(device).record_event() for device in devices})
+    def send(self, features: Features) -> Features:
+        return features
 
     def close(self) -> None:
         """Nothing is held."""
@@ -51,38 +37,34 @@ class LocalReceiver:
         self._device = device
         self._side_streams: dict[torch.device, torch.cuda.Stream] = {}
 
-    def receive(self, parcel: LocalParcel) -> LocalDelivery:
-        tensors = parcel.features.tensors()
-        if all(tensor.device == self._device for tensor in tensors.values()):
-            side = self._side_stream(self._device) if parcel.written else None
-            return LocalDelivery(parcel.features, tuple(parcel.written.values()), side)
-        return self._move(parcel, tensors)
-
-    def _move(self, parcel: LocalParcel, tensors: dict[str, Tensor]) -> LocalDelivery:
-        devices = {self._device, *(tensor.device for tensor in tensors.values())}
-        sides = {device: self._side_stream(device) for device in devices if device.type == "cuda"}
+    def receive(self, parcel: Features) -> LocalDelivery:
+        """The features on the trainer's device; the same object if they are there already."""
+        tensors = parcel.tensors()
+        elsewhere = {tensor.device for tensor in tensors.values()} - {self._device}
+        if not elsewhere:
+            return LocalDelivery(parcel, (), self._side_stream(self._device))
+        # a copy between two GPUs is queued on the current streams of both
+        sides = [side for device in (*elsewhere, self._device) if (side := self._side_stream(device)) is not None]
         with contextlib.ExitStack() as current:
-            # a copy between two GPUs is queued on the current streams of both
-            for stream in sides.values():
-                current.enter_context(torch.cuda.stream(stream))
-            for device, event in parcel.written.items():
-                sides[device].wait_event(event)
-            moved = {name: self._move_tensor(tensor, sides) for name, tensor in tensors.items()}
-            done = sides.values() if self._device.type == "cpu" else [sides[self._device]]
-            ready = tuple(stream.record_event() for stream in done)
-        return LocalDelivery(_with_tensors(parcel.features, moved), ready, sides.get(self._device))
+            for side in sides:
+                current.enter_context(torch.cuda.stream(side))
+            moved = {name: self._move(tensor) for name, tensor in tensors.items()}
+            copied = tuple(side.record_event() for side in sides)
+        return LocalDelivery(_with_tensors(parcel, moved), copied, self._side_stream(self._device))
 
-    def _move_tensor(self, tensor: Tensor, sides: dict[torch.device, torch.cuda.Stream]) -> Tensor:
+    def _move(self, tensor: Tensor) -> Tensor:
         if tensor.device == self._device:
             return tensor
         if tensor.is_cuda:
-            tensor.record_stream(sides[tensor.device])
+            tensor.record_stream(torch.cuda.current_stream(tensor.device))
         if self._device.type == "cpu":  # only a pinned destination lets the copy run by itself
             return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
         source = tensor if tensor.is_cuda else tensor.pin_memory()
         return source.to(self._device, non_blocking=True)
 
-    def _side_stream(self, device: torch.device) -> torch.cuda.Stream:
+    def _side_stream(self, device: torch.device) -> torch.cuda.Stream | None:
+        if device.type != "cuda":
+            return None
         if device not in self._side_streams:
             self._side_streams[device] = torch.cuda.Stream(device)
         return self._side_streams[device]
@@ -93,12 +75,14 @@ class LocalReceiver:
 
 
 class LocalDelivery:
-    """Features in this process, and the events after which they may be read."""
+    """Features in this process, and the copies after which they may be read."""
 
-    def __init__(self, features: Features, ready: tuple[torch.cuda.Event, ...], side: torch.cuda.Stream | None) -> None:
-        """`ready` is empty when the numbers are there; `side` is a stream of the features' device, None on the CPU."""
+    def __init__(
+        self, features: Features, copied: tuple[torch.cuda.Event, ...], side: torch.cuda.Stream | None
+    ) -> None:
+        """`copied` is empty when nothing was copied; `side` is a stream of the features' device, None on the CPU."""
         self.features = features
-        self._ready = ready
+        self._copied = copied
         self._side = side
         self._taken_on: torch.device | None = None
         self._last_use: torch.cuda.Event | None = None
@@ -120,13 +104,6 @@ class LocalDelivery:
             tensor.record_stream(stream)
         return self.features
 
-    def _wait_on(self, stream: torch.cuda.Stream | None) -> None:
-        for event in self._ready:
-            if stream is None:
-                event.synchronize()  # written to the CPU by a copy stream: only the host can wait
-            else:
-                stream.wait_event(event)
-
     def release(self) -> None:
         if self._taken_on is not None and self._last_use is None:
             self._last_use = torch.cuda.current_stream(self._taken_on).record_event()
@@ -143,6 +120,13 @@ class LocalDelivery:
     def wait_until_free(self) -> None:
         if self._last_use is not None:
             self._last_use.synchronize()
+
+    def _wait_on(self, stream: torch.cuda.Stream | None) -> None:
+        for event in self._copied:
+            if stream is None:
+                event.synchronize()  # on the CPU nothing but the host can wait
+            else:
+                stream.wait_event(event)
 
 
 def _with_tensors(features: Features, tensors: dict[str, Tensor]) -> Features:

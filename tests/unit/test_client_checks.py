@@ -1,0 +1,122 @@
+"""Replies and servers are compared with what was asked for; every difference names both sides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from paceline.client.checks import check_reply, check_specs, check_target
+from paceline.client.layout import reply_bytes
+from paceline.errors import CaptureMismatchError, HandshakeError
+from paceline.schema.features import Features, FeatureSpec
+from paceline.schema.rows import request_features
+from paceline.schema.target_info import LogitTransform
+from small_engine import HIDDEN_SIZE, SmallEngine, small_info, small_row
+
+SPEC = FeatureSpec((1, 4), final_hidden="supervised", greedy=True, logsumexp=True)
+REQUEST = request_features(small_row(3, num_tokens=7), "training")  # spans [1, 2) and [3, 7)
+
+
+@pytest.fixture
+def features() -> Features:
+    engine = SmallEngine()
+    features: Features = engine.capture(REQUEST, SPEC).result(10)
+    engine.close()
+    return features
+
+
+def check(features: Features, spec: FeatureSpec = SPEC) -> None:
+    check_reply("server-0", REQUEST, spec, small_info(), features)
+
+
+def test_the_right_reply_passes(features: Features) -> None:
+    check(features)
+
+
+def spoiled(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Features], None]:
+    return lambda features: setattr(features, name, change(getattr(features, name)))
+
+
+def with_value(place: int, value: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    def change(tensor: torch.Tensor) -> torch.Tensor:
+        tensor[place] = value
+        return tensor
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (spoiled("hidden", lambda t: t[:5]), "with 5 tokens, 7 were sent"),
+        (lambda f: setattr(f, "row_hash", "0" * 16), f"hash {'0' * 16}, {REQUEST.row_hash()} was sent"),
+        (lambda f: setattr(f, "layers", (1, 3)), r"layers \[1, 3\], \[1, 4\] were asked for"),
+        (lambda f: setattr(f, "finite", False), "finite = False, expected True"),
+        (lambda f: setattr(f, "greedy", None), "with tensors final_hidden, .* final_hidden, final_index, greedy"),
+        (spoiled("hidden", lambda t: t.bfloat16()), r"hidden bfloat16\[7, 2, 8\], expected float32\[7, 2, 8\]"),
+        (spoiled("hidden", lambda t: t[:, :1]), r"hidden float32\[7, 1, 8\], expected float32\[7, 2, 8\]"),
+        (spoiled("final_hidden", lambda t: t[:4]), r"final_hidden float32\[4, 8\], expected float32\[5, 8\]"),
+        (spoiled("greedy", lambda t: t.long()), r"greedy int64\[7\], expected int32\[7\]"),
+        (spoiled("logsumexp", lambda t: t[:6]), r"logsumexp float32\[6\], expected float32\[7\]"),
+        (spoiled("greedy", with_value(2, 50)), r"greedy tokens .*\.\.50, the vocabulary is 0\.\.49"),
+        (spoiled("greedy", with_value(2, -1)), r"greedy tokens -1\.\."),
+        (spoiled("final_index", with_value(1, 2)), r"final_index\[1\] = 2, expected 3"),
+        (spoiled("final_index", with_value(4, 7)), r"final_index\[4\] = 7, expected 6"),
+    ],
+)
+def test_a_wrong_reply_is_fatal_and_names_both_values(
+    features: Features, spoil: Callable[[Features], None], message: str
+) -> None:
+    spoil(features)
+    with pytest.raises(CaptureMismatchError, match=message) as caught:
+        check(features)
+    assert "server-0 answered row 3" in str(caught.value)
+    assert not caught.value.retryable
+
+
+@pytest.mark.parametrize("final_hidden", ["none", "supervised", "all"])
+@pytest.mark.parametrize("more", [False, True])
+def test_bytes_are_known_before_asking(final_hidden: str, more: bool) -> None:
+    spec = FeatureSpec((0, 2, 5), final_hidden, greedy=more, logsumexp=more)  # type: ignore[arg-type]
+    engine = SmallEngine()
+    features = engine.capture(REQUEST, spec).result(10)
+    engine.close()
+    num_final = {"none": 0, "supervised": 5, "all": 7}[final_hidden]
+    by_hand = 7 * 3 * HIDDEN_SIZE * 4 + num_final * (HIDDEN_SIZE * 4 + 4) + (7 * 8 if more else 0)
+    assert reply_bytes(REQUEST, spec, small_info()) == features.num_bytes == by_hand
+    check(features, spec)
+
+
+def test_bytes_follow_the_targets_dtype() -> None:
+    spec = FeatureSpec((0,))
+    assert reply_bytes(REQUEST, spec, small_info(dtype="bfloat16")) == 7 * HIDDEN_SIZE * 2
+
+
+@pytest.mark.parametrize(
+    ("fact", "value", "message"),
+    [
+        ("name", "other", "name: server-1 has 'other', this run expects 'small'"),
+        ("weight_fingerprint", "w2", "weight_fingerprint: server-1 has 'w2', this run expects 'w'"),
+        ("tokenizer_fingerprint", "t2", "tokenizer_fingerprint: server-1 has 't2'"),
+        ("dtype", "bfloat16", "dtype: server-1 has 'bfloat16', this run expects 'float32'"),
+        ("hidden_size", 16, "hidden_size: server-1 has 16, this run expects 8"),
+        ("vocab_size", 51, "vocab_size"),
+        ("logit_transform", LogitTransform(soft_cap=30.0), "logit_transform: .*30.0.*None"),
+    ],
+)
+def test_another_target_is_refused_with_both_sides_named(fact: str, value: object, message: str) -> None:
+    check_target("server-1", small_info(), small_info())
+    with pytest.raises(HandshakeError, match=message):
+        check_target("server-1", small_info(**{fact: value}), small_info())
+
+
+def test_all_differences_are_told_at_once() -> None:
+    with pytest.raises(HandshakeError, match=r"(?s)hidden_size.*dtype|dtype.*hidden_size"):
+        check_target("server-1", small_info(dtype="float16", hidden_size=9), small_info())
+
+
+def test_capture_layers_that_do_not_exist_are_refused() -> None:
+    with pytest.raises(HandshakeError, match=r"'training' ask for capture layers \[6\], server-1 has 0\.\.5"):
+        check_specs("server-1", small_info(), {"training": FeatureSpec((5, 6))})
