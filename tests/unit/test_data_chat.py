@@ -113,7 +113,8 @@ def test_turns_that_history_does_not_change_share_a_sample_again():
 def test_a_turn_whose_prompt_is_not_its_prefix_is_left_out_and_named():
     messages = [*TWO_TURNS[:3], {"role": "assistant", "content": "down", "reasoning_content": "why"}]
     result = tokenize(messages, PROMPTS_FOR_REASONING)
-    assert result.unstable_turns == [1], "a prompt ends in <think>, the turn has none"
+    assert list(result.unstable_turns) == [1], "a prompt ends in <think>, the turn has none"
+    assert "the prompt has '<think>', the turn 'ho<|end|>'" in result.unstable_turns[1]
     [sample] = result.samples
     assert supervised(sample) == ["why</think>down<|end|>"]
 

@@ -42,8 +42,8 @@ class ChatSamples:
     """What became of one conversation."""
 
     samples: list[ChatSample] = field(default_factory=list)
-    unstable_turns: list[int] = field(default_factory=list)
-    """Indices of assistant messages whose prompt is not a token prefix of the turn: left out."""
+    unstable_turns: dict[int, str] = field(default_factory=dict)
+    """Assistant messages (by index) whose prompt is not a token prefix of the turn, and how it differs: left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +155,7 @@ class ChatTokenizer:
         for message, prompt, through in turns:
             begin = len(prompt)
             if len(through) <= begin or through[:begin] != prompt:
-                result.unstable_turns.append(message)
+                result.unstable_turns[message] = self._explain_difference(prompt, through)
                 continue
             end = self._end_of_turn(through, begin)
             sample = result.samples[-1] if result.samples else None
@@ -168,6 +168,16 @@ class ChatTokenizer:
                 sample.spans.append((begin, end))
             sample.tokens = through[:end]
         return result
+
+    def _explain_difference(self, prompt: list[int], through: list[int]) -> str:
+        same = 0
+        while same < min(len(prompt), len(through)) and prompt[same] == through[same]:
+            same += 1
+        before, asked, written = (
+            self._tokenizer.decode(tokens)
+            for tokens in (prompt[max(0, same - 8) : same], prompt[same : same + 8], through[same : same + 8])
+        )
+        return f"after {before!r} the prompt has {asked!r}, the turn {written!r}"
 
     def _end_of_turn(self, through: list[int], begin: int) -> int:
         """Index after the last token of the turn [begin, ...) that the target writes itself."""

@@ -34,6 +34,7 @@ SAMPLE_FEATURES = datasets.Features(
 """One entry is a sample, or (with a `reason`) something skipped. `content` is what the train/eval split is made by:
 samples of one conversation share it. `spans` is [start, end) pairs, flat."""
 _MAX_TOKEN_ID = 2**31 - 1
+_NO_TOKENS = np.zeros(0, np.int32)
 
 
 @dataclass(slots=True)
@@ -47,7 +48,7 @@ class _Columns:
             column.append(entry.get(name))
 
     def skip(self, row: RawRow, error: UnusableSampleError) -> None:
-        self.add(tokens=[], spans=[], origin=row.origin, reason=error.reason, detail=error.detail)
+        self.add(tokens=_NO_TOKENS, spans=_NO_TOKENS, origin=row.origin, reason=error.reason, detail=error.detail)
 
 
 class SampleTokenizer:
@@ -101,8 +102,7 @@ class SampleTokenizer:
             columns.skip(row, result)
             return
         if result.unstable_turns:
-            turns = ", ".join(map(str, result.unstable_turns))
-            detail = f"the prompt of message {turns} is not a token prefix of the rendered turn"
+            detail = "; ".join(f"message {index}: {how}" for index, how in result.unstable_turns.items())
             columns.skip(row, UnusableSampleError("unstable turn boundary", detail))
         for part, sample in enumerate(result.samples):
             sample_id = conversation.sample_id if part == 0 else content_id([conversation.sample_id, part])
