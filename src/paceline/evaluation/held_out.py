@@ -1,0 +1,62 @@
+"""Evaluation during training: loss and the serving walk over held-out rows, through a stream of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from paceline.drafts.interface import DraftAlgorithm
+from paceline.evaluation.walk import WalkSums, walk_row
+from paceline.schema.features import FeatureRow
+
+
+class EvalStream(AbstractContextManager["EvalStream"], Protocol):
+    """Held-out rows with features; closed at the end of the block."""
+
+    def __iter__(self) -> Iterator[FeatureRow]: ...
+
+
+class HeldOutEvaluation:
+    """Callable that the trainer evaluates with: step -> {draft: figures}."""
+
+    def __init__(self, drafts: Mapping[str, DraftAlgorithm], open_stream: Callable[[int], Any], num_rows: int) -> None:
+        """`open_stream(n)` gives a fresh stream of the first n held-out rows."""
+        self._drafts = dict(drafts)
+        self._open_stream = open_stream
+        self._num_rows = num_rows
+
+    def __call__(self, step: int) -> dict[str, dict[str, Any]]:
+        """Figures of every draft: those of `WalkSums.result`, "loss", and "accuracy" and "loss" per position.
+
+        "acceptance_length" is 1 (nothing drafted is right) where no step had room for all K tokens.
+        """
+        del step
+        walks = {name: WalkSums(draft.num_drafted) for name, draft in self._drafts.items()}
+        sums: dict[str, dict[str, Tensor]] = {name: {} for name in self._drafts}
+        with self._open_stream(self._num_rows) as stream:
+            for row in stream:
+                for name, draft in self._drafts.items():
+                    walks[name] = walks[name] + walk_row(draft, row)
+                    _add_loss(sums[name], draft, row)
+        return {name: _figures(walks[name], sums[name]) for name in self._drafts}
+
+
+def _add_loss(sums: dict[str, Tensor], draft: DraftAlgorithm, row: FeatureRow) -> None:
+    terms = draft.loss(row)
+    parts = {"total": torch.stack([terms.total.detach(), terms.weight.detach()]), **terms.metrics}
+    for name, part in parts.items():
+        sums[name] = sums[name] + part if name in sums else part
+
+
+def _figures(walk: WalkSums, sums: dict[str, Tensor]) -> dict[str, Any]:
+    figures = walk.result()
+    if figures["acceptance_length"] is None:
+        figures["acceptance_length"] = figures["acceptance_length_all"] or 1.0
+    for name, part in sums.items():
+        ratio = (part[0] / part[1]).tolist()
+        figures["loss" if name == "total" else f"{name}_by_position"] = ratio
+    return figures
