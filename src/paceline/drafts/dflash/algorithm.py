@@ -62,10 +62,8 @@ class DFlash(DraftAlgorithm):
         device = self.context.device
         labels, counted = upload(plan.labels, device), upload(plan.counted, device)
         weights = self._slot_weights[counted % self.config.block_size]
-        states = self._run_blocks(row, plan)
-        # Slots that do not count are dropped before the head: their logits never exist.
         head = hard_cross_entropy(
-            self.draft.norm(states[counted]),
+            self._run_blocks(row, plan, counted),
             self._blocks.head,
             labels,
             weights,
@@ -104,15 +102,15 @@ class DFlash(DraftAlgorithm):
         captured = row.features.select_hidden(self.settings.layers).to(self.context.dtype)
         return self.draft.read_context(captured, upload(row.row.document_positions(), self.context.device))
 
-    def _run_blocks(self, row: FeatureRow, plan: BlockPlan) -> Tensor:
-        """[A * B, H]: states of all slots before the final norm."""
+    def _run_blocks(self, row: FeatureRow, plan: BlockPlan, counted: Tensor) -> Tensor:
+        """[N, H]: final states of the slots that count; of the others no logits ever exist."""
         device = self.context.device
         context = self._read_context(row)
         inputs = self._blocks.block_inputs(upload(row.row.tokens[plan.anchors], device))
         geometry = self.draft.place_blocks(
             upload(plan.first, device), upload(plan.anchors, device), row.row.num_tokens, self.context.dtype
         )
-        states: Tensor = self.draft(inputs, context, geometry, self.context.activation_checkpointing)
+        states: Tensor = self.draft(inputs, context, geometry, counted, self.context.activation_checkpointing)
         return states
 
     def _per_position(self, values: Tensor, plan: BlockPlan, counted: Tensor) -> Tensor:

@@ -45,8 +45,8 @@ class BlockProposer:
             part = slice(start, start + at_a_time)
             x = self.block_inputs(tokens[part])
             geometry = self.draft.place_blocks(first[part], anchors[part], len(context[0][0]), x.dtype)
-            x = self.draft(x, context, geometry)
-            states = self.draft.norm(x.unflatten(0, (-1, size))[:, 1:].flatten(0, 1))
+            slots = torch.arange(len(x), device=x.device).view(-1, size)[:, 1:].flatten()
+            states = self.draft(x, context, geometry, slots)
             proposed[part] = self.head.logits(states).argmax(-1).view(-1, size - 1)
         return proposed
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -108,6 +110,17 @@ class DFlashLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(sizes.hidden_size, sizes.norm_eps)
 
 
+def _read_states(draft: DFlashDraft, captured: Tensor) -> Tensor:
+    """c [T, H] of captured states [T, L * H]."""
+    c: Tensor = draft.hidden_norm(draft.fc(captured))
+    return c
+
+
+def _context_keys(layer: DFlashLayer, c: Tensor, cos_sin: CosSin) -> KeysValues:
+    """The context's keys and values in one layer; c gets no layer norm."""
+    return layer.self_attn.keys_values(c, cos_sin)
+
+
 def _project(layer: DFlashLayer, x: Tensor, cos_sin: CosSin) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v of block slots."""
     h = layer.input_layernorm(x)
@@ -121,11 +134,16 @@ def _finish(layer: DFlashLayer, x: Tensor, q: Tensor, own: KeysValues, context: 
     return out
 
 
+def _norm_slots(draft: DFlashDraft, x: Tensor, slots: Tensor) -> Tensor:
+    """Final states of chosen slots."""
+    states: Tensor = draft.norm(x.index_select(0, slots))
+    return states
+
+
 class DFlashDraft(nn.Module):
     """fc + norm over captured states, decoder layers over blocks, a final norm; no embedding, no head.
 
-    Attention to the context sits between two pieces of a layer that `compile_pieces` compiles; the attention itself
-    chooses its own kernel.
+    Compiled are the pieces around attention to the context, which chooses its own kernel.
     """
 
     def __init__(
@@ -138,11 +156,7 @@ class DFlashDraft(nn.Module):
         self.norm = RMSNorm(sizes.hidden_size, sizes.norm_eps)
         self.sizes = sizes
         self._rotary = Rotary(rope, sizes.head_dim, max_positions, device)
-        self._project: Callable[..., tuple[Tensor, Tensor, Tensor]] = _project
-        self._finish: Callable[..., Tensor] = _finish
-        if compile_pieces:
-            self._project = torch.compile(_project, dynamic=True)
-            self._finish = torch.compile(_finish, dynamic=True)
+        self._compile_pieces = compile_pieces
 
     def read_context(self, captured: Tensor, positions: Tensor) -> list[KeysValues]:
         """Keys and values of every layer for the target's states.
@@ -150,9 +164,9 @@ class DFlashDraft(nn.Module):
         Args:
             captured: [T, L * H]. positions: int[T], each token's index in its document.
         """
-        c = self.hidden_norm(self.fc(captured))
+        c = self._piece(_read_states)(self, captured)
         cos_sin = self._rotary(positions, c.dtype)
-        return [layer.self_attn.keys_values(c, cos_sin) for layer in self._decoder_layers()]
+        return [self._piece(_context_keys)(layer, c, cos_sin) for layer in self._decoder_layers()]
 
     def place_blocks(self, first: Tensor, anchors: Tensor, num_keys: int, dtype: torch.dtype) -> BlockGeometry:
         """Geometry of blocks.
@@ -174,9 +188,14 @@ class DFlashDraft(nn.Module):
         return BlockGeometry(self._rotary(positions, dtype), visible)
 
     def forward(
-        self, x: Tensor, context: list[KeysValues], geometry: BlockGeometry, checkpoint_layers: bool = False
+        self,
+        x: Tensor,
+        context: list[KeysValues],
+        geometry: BlockGeometry,
+        slots: Tensor,
+        checkpoint_layers: bool = False,
     ) -> Tensor:
-        """[A * B, H]: states before the final norm, of block inputs [A * B, H]."""
+        """[N, H]: what the head reads, for the chosen `slots` int64[N] of block inputs [A * B, H]."""
         for layer, keys_values in zip(self._decoder_layers(), context, strict=True):
             if checkpoint_layers and torch.is_grad_enabled():
                 x = checkpoint(
@@ -184,12 +203,23 @@ class DFlashDraft(nn.Module):
                 )
             else:
                 x = self._run_layer(layer, x, keys_values, geometry)
-        return x
+        states: Tensor = self._piece(_norm_slots)(self, x, slots)
+        return states
 
     def _run_layer(self, layer: DFlashLayer, x: Tensor, keys_values: KeysValues, geometry: BlockGeometry) -> Tensor:
-        q, k, v = self._project(layer, x, geometry.cos_sin)
+        q, k, v = self._piece(_project)(layer, x, geometry.cos_sin)
         attended = attend_context(q, *keys_values, geometry.visible[layer.self_attn.window])
-        return self._finish(layer, x, q, (k, v), attended)
+        out: Tensor = self._piece(_finish)(layer, x, q, (k, v), attended)
+        return out
+
+    def _piece(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return _compiled(function) if self._compile_pieces else function
 
     def _decoder_layers(self) -> list[DFlashLayer]:
         return [layer for layer in self.layers if isinstance(layer, DFlashLayer)]
+
+
+@functools.cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """One compiled function for all layers: their weights are its inputs."""
+    return torch.compile(function, dynamic=True)
