@@ -263,7 +263,6 @@ def test_evaluation_runs_in_the_middle_of_training_without_draining_it(prefetch_
         for row in stream:
             trained.append(train(row))
             if row.row.position in (3, 6):
-                asked = len([spec for spec, _ in engine.submitted if spec == "training"])
                 held_out = []
                 with evaluation(pool, budget) as rows:
                     for held in rows:
@@ -272,9 +271,10 @@ def test_evaluation_runs_in_the_middle_of_training_without_draining_it(prefetch_
                         assert held.row.tokens.tolist() == held_out_row(held.row.position).tokens.tolist()
                         held_out.append(train(held))
                 assert held_out == [0, 1, 2]
-                # nothing that was in flight for training was dropped or asked for anew
+                # what was in flight for training stayed in flight, and nothing was asked for anew
                 assert row.features.hidden.equal(expected_hidden(row.row.tokens, (1, 3)))
-                assert len([spec for spec, _ in engine.submitted if spec == "training"]) == asked
+                asked = [position for spec, position in engine.submitted if spec == "training"]
+                assert len(asked) == row.row.position + prefetch_rows
     assert trained == list(range(12))
     assert [position for spec, position in engine.submitted if spec == "training"] == trained
     assert engine.most_live["training"] == prefetch_rows
@@ -301,17 +301,20 @@ def test_an_evaluation_that_is_left_early_gives_its_places_back() -> None:
 
 
 def test_a_deep_look_ahead_of_one_session_does_not_starve_another() -> None:
-    engine = SmallEngine(num_slots=1, delay_s=lambda request: 0.002)
+    engine = SmallEngine(num_slots=1)
+    engine.hold(1)
     admission = Admission(engine)
     deep_pool, shallow_pool = (FeaturePool([local_connection(admission)], SPECS) for _ in range(2))
     deep = FeatureStream(small_row, deep_pool, PrefetchBudget(60, 1 << 20), "training", range(60))
-    shallow = FeatureStream(held_out_row, shallow_pool, PrefetchBudget(1, 1 << 20), "evaluation", range(10))
-    next(deep)  # 60 rows are asked for
+    shallow = FeatureStream(held_out_row, shallow_pool, PrefetchBudget(10, 1 << 20), "evaluation", range(10))
+    next(deep)  # 60 rows are asked for; the second one keeps the engine until the shallow stream has asked
+    threading.Timer(0.1, engine.let_go, (1,)).start()
     for row in shallow:
         train(row)
     order = [spec for spec, _ in engine.submitted]
     last_of_shallow = max(i for i, spec in enumerate(order) if spec == "evaluation")
-    assert order[:last_of_shallow].count("training") <= 3 + 2 * 10  # about one row of the deep one before each
+    assert order[:last_of_shallow].count("training") <= 2 + 10  # one row of the deep one between two of the other
+    assert order[:last_of_shallow].count("evaluation") == 9
     deep.close()
     for pool in (deep_pool, shallow_pool):
         pool.close()

@@ -1,0 +1,106 @@
+"""The feature path on CUDA: features computed by the engine's thread, read on a stream of the trainer's own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from feature_path import SPECS
+from paceline.client.budget import PrefetchBudget
+from paceline.client.connection import LocalConnection
+from paceline.client.pool import FeaturePool
+from paceline.client.stream import FeatureStream
+from paceline.schema.features import Features, FeatureSpec
+from paceline.schema.rows import Row, RowRequest
+from paceline.target.admission import Admission
+from paceline.transport.local import LocalReceiver, LocalSender
+from small_engine import SmallEngine, expected_hidden, small_row
+
+pytestmark = pytest.mark.gpu
+MILLISECOND = 2_000_000  # clock cycles, about
+NUM_TOKENS = 4096
+
+
+class DeviceEngine(SmallEngine):
+    """Computes on a stream of its own and answers when that row is done."""
+
+    def __init__(self, device: str) -> None:
+        self.device = torch.device(device)
+        self.stream = torch.cuda.Stream()
+        self.pointers: set[int] = set()
+        super().__init__(num_slots=2)
+
+    def _features(self, request: RowRequest, spec: FeatureSpec) -> Features:
+        features: Features = super()._features(request, spec)
+        if self.device.type == "cpu":
+            return features
+        with torch.cuda.stream(self.stream):
+            for name, tensor in features.tensors().items():
+                setattr(features, name, tensor.cuda() * 1)
+            self.stream.synchronize()
+        self.pointers.add(features.hidden.data_ptr())
+        return features
+
+
+def long_row(position: int) -> Row:
+    row: Row = small_row(position, num_tokens=NUM_TOKENS + 16 * (position % 3))
+    return row
+
+
+def run(engine_device: str, trainer_device: str, budget: PrefetchBudget, num_rows: int = 60) -> DeviceEngine:
+    """Train rows with work that reads them long after the host has gone on; every sum must be right."""
+    engine = DeviceEngine(engine_device)
+    admission = Admission(engine)
+    receiver = LocalReceiver(torch.device(trainer_device))
+    pool = FeaturePool([LocalConnection(admission, LocalSender(), receiver)], SPECS)
+    stream = FeatureStream(long_row, pool, budget, "evaluation", range(num_rows))
+    done: list[torch.cuda.Event] = []
+    wrong = []
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for row in stream:
+            position = row.row.position
+            assert row.features.hidden.device.type == trainer_device
+            if trainer_device == "cuda":
+                if budget.max_rows == 1:
+                    assert all(event.query() for event in done)  # strictly serial on the device, too
+                torch.cuda._sleep(MILLISECOND)
+            expected = expected_hidden(row.row.tokens, (1, 2, 3)).to(trainer_device, non_blocking=True)
+            wrong.append((position, (row.features.hidden != expected).any()))
+            if trainer_device == "cuda":
+                done.append(torch.cuda.current_stream().record_event())
+    assert [position for position, _ in wrong] == list(range(num_rows))
+    assert not any(bool(is_wrong) for _, is_wrong in wrong)
+    pool.close()
+    admission.close()
+    engine.close()
+    return engine
+
+
+@pytest.mark.parametrize("prefetch_rows", [1, 2, 4])
+def test_rows_on_the_trainers_device_are_right_and_their_memory_is_used_again(prefetch_rows: int) -> None:
+    engine = run("cuda", "cuda", PrefetchBudget(prefetch_rows, 1 << 30))
+    assert len(engine.pointers) < 30  # the premise: without reuse nothing could go wrong
+
+
+@pytest.mark.parametrize(("engine_device", "trainer_device"), [("cpu", "cuda"), ("cuda", "cpu"), ("cpu", "cpu")])
+def test_rows_are_moved_to_the_trainers_device(engine_device: str, trainer_device: str) -> None:
+    run(engine_device, trainer_device, PrefetchBudget(3, 1 << 30))
+
+
+def test_the_path_never_synchronizes_the_device() -> None:
+    """A trainer's stream is busy for long; rows for it keep coming all the same."""
+    engine = DeviceEngine("cuda")
+    admission = Admission(engine)
+    pool = FeaturePool([LocalConnection(admission, LocalSender(), LocalReceiver(torch.device("cuda")))], SPECS)
+    stream = FeatureStream(long_row, pool, PrefetchBudget(4, 1 << 30), "training", range(8))
+    with torch.cuda.stream(torch.cuda.Stream()):
+        next(stream)
+        torch.cuda._sleep(1000 * MILLISECOND)
+        busy = torch.cuda.current_stream().record_event()
+        for _ in range(3):
+            next(stream)
+        assert not busy.query()
+    stream.close()
+    pool.close()
+    admission.close()
+    engine.close()
