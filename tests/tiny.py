@@ -5,16 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GraniteConfig,
     LlamaConfig,
     PretrainedConfig,
     PreTrainedTokenizerFast,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
 )
+
+from paceline.schema.rows import RowRequest
 
 VOCAB_SIZE = 300
 """Embedding rows of tiny targets: 256 bytes, five special tokens, the rest padding rows."""
@@ -23,6 +32,33 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 _SPECIAL = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|tool|>"]
+
+_ARCHITECTURES: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
+    "llama": (LlamaConfig, {}),
+    "qwen3": (Qwen3Config, {}),
+    "qwen3_moe": (Qwen3MoeConfig, {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}),
+    # Hybrid: three layers of linear attention, then one of full attention.
+    "qwen3_5": (
+        Qwen3_5TextConfig,
+        {
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 1.0,
+                "mrope_section": [2, 1, 1],
+                "mrope_interleaved": True,
+            },
+        },
+    ),
+    # Caps small enough to bend the logits of tiny random weights.
+    "gemma2": (Gemma2Config, {"final_logit_softcapping": 3.0, "sliding_window": 6, "query_pre_attn_scalar": 8}),
+    "cohere": (CohereConfig, {"logit_scale": 0.25}),
+    "granite": (GraniteConfig, {"logits_scaling": 4.0, "embedding_multiplier": 6.0}),
+}
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -38,7 +74,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_config(architecture: str = "qwen3", **changes: Any) -> PretrainedConfig:
-    """A configuration with 4 layers, hidden 32, 4 heads of 8, 2 kv heads."""
+    """A configuration with 4 layers, hidden 32, 4 heads of 8, 2 kv heads; `architecture` is a key of _ARCHITECTURES."""
     shapes: dict[str, Any] = {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": 32,
@@ -53,14 +89,8 @@ def tiny_config(architecture: str = "qwen3", **changes: Any) -> PretrainedConfig
         "eos_token_id": 256,
         "dtype": "float32",
     } | changes
-    if architecture == "llama":
-        return LlamaConfig(**shapes)
-    if architecture == "qwen3":
-        return Qwen3Config(**shapes)
-    if architecture == "qwen3_moe":
-        moe = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-        return Qwen3MoeConfig(**(moe | shapes))
-    raise ValueError(architecture)
+    config_class, own = _ARCHITECTURES[architecture]
+    return config_class(**(own | shapes))
 
 
 def save_tiny_target(path: Path, architecture: str = "qwen3", seed: int = 0, **changes: Any) -> Path:
@@ -74,3 +104,36 @@ def save_tiny_target(path: Path, architecture: str = "qwen3", seed: int = 0, **c
     model.save_pretrained(path)
     tiny_tokenizer().save_pretrained(path)
     return path
+
+
+def save_nested_tiny_target(path: Path, seed: int = 0) -> Path:
+    """Write a Qwen3.5 whose text model is nested in one that also sees: `text_config`, `model.language_model.*`."""
+    torch.manual_seed(seed)
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+    config = Qwen3_5Config(
+        text_config=tiny_config("qwen3_5").to_dict(),
+        vision_config=vision | {"patch_size": 4, "num_position_embeddings": 16},
+        image_token_id=290,
+        video_token_id=291,
+        vision_start_token_id=292,
+        vision_end_token_id=293,
+    )
+    Qwen3_5ForConditionalGeneration(config).save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    return path
+
+
+def tiny_request(
+    lengths: tuple[int, ...], seed: int = 0, num_position_axes: int = 1, spans: list[tuple[int, int]] | None = None
+) -> RowRequest:
+    """A request for random documents of these lengths."""
+    documents = np.cumsum([0, *lengths]).astype(np.int32)
+    positions = np.concatenate([np.arange(n, dtype=np.int32) for n in lengths])
+    return RowRequest(
+        position=seed,
+        spec="training",
+        tokens=np.random.default_rng(seed).integers(0, VOCAB_SIZE, int(documents[-1]), dtype=np.int32),
+        documents=documents,
+        spans=np.array(spans or [], np.int32).reshape(-1, 2),
+        positions=np.tile(positions, (num_position_axes, 1)),
+    )

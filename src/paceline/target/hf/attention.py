@@ -54,6 +54,7 @@ def packed_arguments(documents: np.ndarray, device: torch.device) -> dict[str, A
     }
 
 
+@torch.compiler.disable  # traced, every other set of document lengths would be compiled anew
 def document_attention(
     module: nn.Module,
     query: Tensor,

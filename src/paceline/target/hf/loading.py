@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
 _HUB_IGNORED = ["original/*", "consolidated*"]
 """Second copies of the same weights in other layouts."""
+_TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
 _LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError)
 """What transformers raises for a checkpoint it cannot load."""
 
@@ -128,14 +129,15 @@ def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bo
         TargetError: there is none, or it cannot be read.
     """
     directory = resolve_checkpoint(path, revision, trust_remote_code)
+    # Without files transformers makes up an empty tokenizer of the model's class.
+    if not trust_remote_code and not any(any(directory.glob(pattern)) for pattern in _TOKENIZER_FILES):
+        raise TargetError(f"{directory} has no tokenizer files: save the model's own tokenizer there")
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             directory, trust_remote_code=trust_remote_code
         )
     except _LOAD_ERRORS as error:
         raise TargetError(f"no usable tokenizer in {directory}: {_short(error)}") from error
-    if len(tokenizer) == 0:
-        raise TargetError(f"the tokenizer in {directory} has no tokens: save the model's own tokenizer there")
     return tokenizer
 
 

@@ -50,13 +50,13 @@ class CheckpointWeights:
         self._dtype = dtype
         self._shape = (int(text.vocab_size), int(text.hidden_size))
         self._embedding_name = self._find("embedding", config.embedding_key, _EMBEDDING_ENDINGS)
-        self._lm_head_name = self._embedding_name
-        tied = bool(getattr(whole, "tie_word_embeddings", False)) and bool(getattr(text, "tie_word_embeddings", False))
-        heads = self._candidates(_LM_HEAD_ENDINGS)
-        if config.lm_head_key is not None or (heads and not tied):
-            self._lm_head_name = self._find("lm_head", config.lm_head_key, _LM_HEAD_ENDINGS)
-        elif not getattr(text, "tie_word_embeddings", False) and not getattr(whole, "tie_word_embeddings", False):
-            self._find("lm_head", None, _LM_HEAD_ENDINGS)  # neither tied nor stored: raises
+        flags = [bool(getattr(one, "tie_word_embeddings", False)) for one in (whole, text)]
+        stored = config.lm_head_key is not None or bool(self._candidates(_LM_HEAD_ENDINGS))
+        # A tied target's lm_head is its embedding, whatever else the files hold.
+        separate = config.lm_head_key is not None or not any(flags) or (stored and not all(flags))
+        self._lm_head_name = (
+            self._find("lm_head", config.lm_head_key, _LM_HEAD_ENDINGS) if separate else self._embedding_name
+        )
         self._cache: dict[tuple[str, bytes | None], Tensor] = {}
 
     def embedding(self) -> Tensor:
@@ -73,12 +73,10 @@ class CheckpointWeights:
 
     def lm_head_bias(self, rows: Tensor | None = None) -> Tensor | None:
         """[V] or [len(rows)], or None when the lm_head has none."""
-        for ending in _LM_HEAD_ENDINGS:
-            name = self._lm_head_name.removesuffix(".weight") + ".bias"
-            if self._lm_head_name.endswith(ending) and name in self._table:
+        for name in (self._lm_head_name.removesuffix(".weight") + ".bias", "lm_head.bias"):
+            if name in self._table:
                 return self._read(name, rows)
-        tied_bias = [name for name in self._table if name.endswith("lm_head.bias")]
-        return self._read(tied_bias[0], rows) if len(tied_bias) == 1 else None
+        return None
 
     def _read(self, name: str, rows: Tensor | None) -> Tensor:
         wanted = None if rows is None else rows.detach().to("cpu", torch.int64)

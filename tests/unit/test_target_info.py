@@ -1,0 +1,134 @@
+"""TargetInfo: facts read from configuration and tokenizer, and proved on the model."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from paceline.config.target import TargetConfig
+from paceline.errors import TargetError
+from paceline.schema.target_info import LogitTransform, RopeInfo, TargetInfo
+from paceline.target.hf.info import build_target_info, read_logit_transform, read_rope
+from paceline.target.hf.loading import find_parts, load_model, load_tokenizer
+from paceline.target.hf.selftest import check_logits, measure_embedding_scale
+from tiny import save_tiny_target, tiny_config, tiny_tokenizer
+
+
+def build(path: Path, **settings) -> TargetInfo:
+    config = TargetConfig(model=str(path), **settings)
+    parts = find_parts(load_model(config, path, torch.device("cpu")))
+    return build_target_info(config, path, parts, load_tokenizer(str(path)))
+
+
+def build_parts(architecture: str, dtype: torch.dtype = torch.float32, **changes):
+    torch.manual_seed(0)
+    return find_parts(AutoModelForCausalLM.from_config(tiny_config(architecture, **changes)).to(dtype).eval())
+
+
+def test_sizes_are_those_of_the_configuration(tiny_target: Path):
+    info = build(tiny_target)
+    assert (info.num_layers, info.hidden_size, info.intermediate_size) == (4, 32, 64)
+    assert (info.num_heads, info.num_kv_heads, info.head_dim) == (4, 2, 8)
+    assert (info.vocab_size, info.num_tokenizer_tokens, info.model_type) == (300, 261, "qwen3")
+    assert (info.dtype, info.tied_embeddings, info.embedding_scale) == ("float32", False, 1.0)
+
+
+def test_a_mixture_of_experts_has_no_dense_mlp(tmp_path: Path):
+    assert build(save_tiny_target(tmp_path, "qwen3_moe")).intermediate_size is None
+
+
+def test_layer_types_and_window_are_the_targets_own(tmp_path: Path):
+    types = ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]
+    changes = {"layer_types": types, "use_sliding_window": True, "sliding_window": 5}
+    info = build(save_tiny_target(tmp_path, "qwen3", **changes))
+    assert (info.layer_types, info.sliding_window) == (tuple(types), 5)
+
+
+def test_a_window_that_no_layer_uses_is_not_reported(tmp_path: Path):
+    info = build(save_tiny_target(tmp_path, "gemma2", layer_types=["full_attention"] * 4))
+    assert info.sliding_window is None
+
+
+@pytest.mark.parametrize("rope_type", ["llama3", "yarn", "linear"])
+def test_known_rope_scaling_is_kept(rope_type: str):
+    scaling = {"rope_type": rope_type, "factor": 4.0, "original_max_position_embeddings": 1024}
+    if rope_type == "llama3":
+        scaling |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope = read_rope(tiny_config("llama", rope_parameters=scaling | {"rope_theta": 5e5}))
+    assert rope.theta == 5e5
+    assert rope.scaling is not None
+    assert scaling.items() <= rope.scaling.items()
+
+
+def test_other_rope_types_leave_theta_alone():
+    parameters = {"rope_type": "dynamic", "rope_theta": 7e4, "factor": 2.0}
+    assert read_rope(tiny_config("llama", rope_parameters=parameters)) == RopeInfo(theta=7e4, scaling=None)
+
+
+def test_three_position_axes_are_declared_for_mrope(tmp_path: Path):
+    assert build(save_tiny_target(tmp_path, "qwen3_5")).num_position_axes == 3
+
+
+def test_end_tokens_come_from_both_configurations(tmp_path: Path):
+    save_tiny_target(tmp_path)
+    GenerationConfig(eos_token_id=[258, 256]).save_pretrained(tmp_path)
+    assert build(tmp_path).eos_token_ids == (256, 258)
+
+
+def test_the_mask_token_is_the_tokenizers_own_or_the_first_row_no_token_uses(tmp_path: Path):
+    save_tiny_target(tmp_path)
+    assert build(tmp_path).mask_token_id == 261
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"mask_token": "<|tool|>"})
+    tokenizer.save_pretrained(tmp_path)
+    assert build(tmp_path).mask_token_id == tokenizer.convert_tokens_to_ids("<|tool|>") < 261
+
+
+def test_no_mask_token_is_invented_when_every_row_is_used(tmp_path: Path):
+    assert build(save_tiny_target(tmp_path, vocab_size=261)).mask_token_id is None
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path: Path):
+    save_tiny_target(tmp_path, vocab_size=260, eos_token_id=None)
+    with pytest.raises(TargetError, match=r"up to 260.*260 rows"):
+        build(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "transform"),
+    [
+        ("llama", LogitTransform()),
+        ("gemma2", LogitTransform(soft_cap=3.0)),
+        ("cohere", LogitTransform(scale=0.25)),
+        ("granite", LogitTransform(scale=0.25)),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_announced_logit_transforms_pass_the_check(architecture: str, transform: LogitTransform, dtype: torch.dtype):
+    parts = build_parts(architecture, dtype)
+    assert read_logit_transform(parts.config) == transform
+    check_logits(parts, transform)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_soft_cap_nobody_announced_is_refused_even_where_logits_are_small(dtype: torch.dtype):
+    parts = build_parts("gemma2", dtype, final_logit_softcapping=30.0)
+    logits = parts.model(torch.arange(8)[None]).logits
+    assert logits.abs().max() < 1.0  # far below the cap: as it stands it changes next to nothing
+    with pytest.raises(TargetError, match="rebuilt from the final hidden state") as failure:
+        check_logits(parts, LogitTransform())
+    assert "29." in str(failure.value) or "30" in str(failure.value)
+
+
+def test_an_unknown_scale_is_refused():
+    with pytest.raises(TargetError, match="does not know"):
+        check_logits(build_parts("cohere"), LogitTransform())
+
+
+@pytest.mark.parametrize(
+    ("architecture", "scale"), [("qwen3", 1.0), ("gemma2", 32**0.5), ("granite", 6.0), ("qwen3_5", 1.0)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_embedding_scale_is_measured(architecture: str, scale: float, dtype: torch.dtype):
+    assert measure_embedding_scale(build_parts(architecture, dtype)) == scale
