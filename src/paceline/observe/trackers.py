@@ -77,6 +77,7 @@ class WandbTracker:
             resume="allow",
             dir=str(root),
             mode=config.wandb_mode,
+            settings=wandb.Settings(silent=True),
         )
         # wandb's own step may only grow; ours goes back when a run resumes.
         self._run.define_metric("step")
