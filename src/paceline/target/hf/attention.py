@@ -54,7 +54,8 @@ def packed_arguments(documents: np.ndarray, device: torch.device) -> dict[str, A
     }
 
 
-@torch.compiler.disable  # traced, every other set of document lengths would be compiled anew
+# Traced, every other set of document lengths would be compiled anew.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def document_attention(
     module: nn.Module,
     query: Tensor,
