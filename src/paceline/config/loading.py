@@ -34,9 +34,18 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not TOML: {error}") from error
+    return build_config(apply_overrides(table, overrides), source=str(path))
+
+
+def apply_overrides(table: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """`table` with `section.field=value` set; "none" takes a setting away.
+
+    Raises:
+        ConfigError: an override that is not of that form.
+    """
     for override in overrides:
         _apply_override(table, override)
-    return build_config(table, source=str(path))
+    return table
 
 
 def build_config(table: dict[str, Any], source: str = "configuration") -> RunConfig:

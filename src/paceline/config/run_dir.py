@@ -21,6 +21,10 @@ class RunDir:
         return self.root / "versions.json"
 
     @property
+    def target_info(self) -> Path:
+        return self.root / "target.json"
+
+    @property
     def metrics(self) -> Path:
         return self.root / "metrics.jsonl"
 

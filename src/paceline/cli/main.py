@@ -1,0 +1,190 @@
+"""The `paceline` command. Heavy imports stay inside the verbs, so that --help answers at once."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from paceline.errors import PacelineError
+from paceline.launch.signals import StopSignals, catch_stop_signals
+from paceline.version import VERSION
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+app = typer.Typer(
+    name="paceline",
+    help="Train draft models for speculative decoding against a frozen target that runs anywhere.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+config_app = typer.Typer(help="Show or check a configuration.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+
+ConfigFile = Annotated[Path, typer.Argument(help="TOML configuration.")]
+RunDirectory = Annotated[Path, typer.Argument(help="Run directory.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="section.field=value", help="Settings to change.")]
+Drafts = Annotated[list[str] | None, typer.Option("--draft", help="Names of drafts; all by default.")]
+Checkpoint = Annotated[str, typer.Option(help="best (by acceptance length) or latest.")]
+
+
+def main() -> None:
+    """Run a verb; errors meant for the user are one message and exit code 1, others keep their traceback."""
+    signals = catch_stop_signals()
+    try:
+        app(obj=signals)
+    except PacelineError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        sys.exit(1)
+    except SystemExit as done:
+        # A verb that was interrupted and ended in order still says so.
+        sys.exit(done.code or signals.exit_code)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        typer.echo(VERSION)
+        raise typer.Exit
+
+
+@app.command()
+def quickstart(
+    context: typer.Context,
+    directory: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("runs/quickstart"),
+    short: Annotated[bool, typer.Option("--short", help="A shortened run, for tests of the pipeline.")] = False,
+) -> None:
+    """A few minutes on a laptop CPU: a real tiny target, two drafts, a report."""
+    from paceline.launch.quickstart import run_quickstart
+
+    run_quickstart(directory, _signals(context), _console(), short=short)
+
+
+@app.command()
+def regenerate(context: typer.Context, config: ConfigFile, overrides: Overrides = None) -> None:
+    """Rewrite the answers of data.train with the target; run again, it goes on."""
+    from paceline.cli.show import RegenerationProgress, regeneration_table
+    from paceline.config.loading import load_config
+    from paceline.launch.regenerate import regenerate_data
+
+    console = _console()
+    with RegenerationProgress(console) as progress:
+        summary = regenerate_data(load_config(config, overrides or ()), _signals(context).stop, progress.show)
+    console.print(regeneration_table(summary))
+
+
+@app.command()
+def prepare(context: typer.Context, config: ConfigFile, overrides: Overrides = None) -> None:
+    """Tokenize data, make loss masks and packed rows (no GPU); prints what was found."""
+    from paceline.cli.show import prepare_table
+    from paceline.config.loading import load_config
+    from paceline.launch.prepare import prepare_data
+    from paceline.launch.run import open_run
+
+    _signals(context).grace_s = 1.0
+    resolved = load_config(config, overrides or ())
+    run = open_run(resolved)
+    prepared = prepare_data(resolved, run.paths)
+    console = _console()
+    for table in prepare_table(prepared, resolved):
+        console.print(table)
+
+
+@app.command()
+def train(context: typer.Context, config: ConfigFile, overrides: Overrides = None) -> None:
+    """Train the drafts of a configuration; run again, it goes on from the newest checkpoint."""
+    from paceline.config.loading import load_config
+
+    resolved = load_config(config, overrides or ())
+    console, signals = _console(), _signals(context)
+    from paceline.launch.train import train as run_training
+
+    result = run_training(resolved, signals, console)
+    best = ", ".join(
+        f"{name} {best.acceptance_length:.2f} (step {best.step})" for name, best in sorted(result.best.items())
+    )
+    console.print(f"{result.status} after step {result.step}; best acceptance length: {best or 'not measured yet'}")
+    console.print(f"newest checkpoint: {result.checkpoint or 'none'}")
+
+
+@app.command()
+def evaluate(
+    context: typer.Context,
+    run: RunDirectory,
+    overrides: Overrides = None,
+    draft: Drafts = None,
+    checkpoint: Checkpoint = "best",
+    baselines: Annotated[bool, typer.Option(help="Also the untrained draft and prompt look-up.")] = False,
+) -> None:
+    """Decode held-out prompts with and without the drafts; output must not change."""
+    from paceline.cli.show import evaluation_tables
+    from paceline.launch.evaluate import evaluate_run
+    from paceline.launch.trained import check_which, load_run_config
+
+    _signals(context).grace_s = 1.0
+    which = check_which(checkpoint)
+    evaluation = evaluate_run(load_run_config(run, overrides or ()), draft or [], which, baselines)
+    console = _console()
+    for table in evaluation_tables(evaluation):
+        console.print(table)
+
+
+@app.command()
+def export(
+    context: typer.Context,
+    run: RunDirectory,
+    overrides: Overrides = None,
+    draft: Drafts = None,
+    checkpoint: Checkpoint = "best",
+) -> None:
+    """Write drafts in the layout that SGLang, vLLM and transformers load; read back and compared."""
+    from paceline.launch.export import export_run
+    from paceline.launch.trained import check_which, load_run_config
+
+    _signals(context).grace_s = 1.0
+    which = check_which(checkpoint)
+    for name, directory in export_run(load_run_config(run, overrides or ()), draft or [], which).items():
+        typer.echo(f"{name}: {directory} (written, read back, equal)")
+
+
+@app.command()
+def doctor(context: typer.Context) -> None:
+    """What this machine can run, and why not."""
+    from paceline.cli.show import doctor_table
+    from paceline.launch.doctor import examine
+
+    _signals(context).grace_s = 1.0
+    _console().print(doctor_table(examine()))
+
+
+@config_app.command("show")
+def config_show(config: ConfigFile, overrides: Overrides = None) -> None:
+    """The resolved configuration as TOML."""
+    from paceline.config.loading import dump_config, load_config
+
+    typer.echo(dump_config(load_config(config, overrides or ())), nl=False)
+
+
+@config_app.command("check")
+def config_check(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Say whether a configuration can be loaded; exit code 1 and every mistake if not."""
+    from paceline.config.loading import load_config
+
+    resolved = load_config(config, overrides or ())
+    typer.echo(f"{config}: correct; drafts: {', '.join(resolved.drafts)}")
+
+
+def _signals(context: typer.Context) -> StopSignals:
+    signals = context.find_object(StopSignals)
+    assert signals is not None, "main() passes them"
+    return signals
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console()

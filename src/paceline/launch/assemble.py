@@ -1,0 +1,129 @@
+"""Configuration -> objects. The only place that wires target, client, drafts and trainer together."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from paceline.client.budget import PrefetchBudget
+from paceline.client.connection import LocalConnection
+from paceline.client.pool import FeaturePool
+from paceline.client.stream import FeatureStream
+from paceline.config.run import RunConfig
+from paceline.config.run_dir import RunDir
+from paceline.data.prepared import PreparedData
+from paceline.data.rows import RowSource
+from paceline.drafts.interface import DraftAlgorithm
+from paceline.drafts.registry import load_algorithm
+from paceline.errors import DataError
+from paceline.evaluation.held_out import HeldOutEvaluation
+from paceline.launch.trained import build_draft, remember_target
+from paceline.schema.features import FeatureSpec, merge_specs
+from paceline.schema.target_info import TargetInfo
+from paceline.target.admission import Admission
+from paceline.target.hf.engine import HFEngine
+from paceline.target.hf.loading import resolve_device
+from paceline.target.hf.weights import CheckpointWeights
+from paceline.transport.local import LocalReceiver, LocalSender
+
+logger = logging.getLogger(__name__)
+
+TRAINING, EVALUATION = "training", "evaluation"
+"""Names of the feature specs a trainer registers."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainerParts:
+    """What one trainer rank runs on."""
+
+    drafts: dict[str, DraftAlgorithm]
+    stream: FeatureStream
+    num_rows: int
+    """Rows of the whole training, all epochs."""
+    evaluate: HeldOutEvaluation
+    pool: FeaturePool
+
+
+def feature_specs(config: RunConfig, info: TargetInfo) -> dict[str, FeatureSpec]:
+    """One spec for training and one for evaluation, each the union over all drafts (one capture feeds them all).
+
+    Raises:
+        ConfigError: a draft asks for layers the target does not have.
+    """
+    algorithms = [(load_algorithm(draft.algorithm), draft) for draft in config.drafts.values()]
+    training = [algorithm.feature_spec(draft, info) for algorithm, draft in algorithms]
+    evaluation = [algorithm.feature_spec(draft, info, evaluation=True) for algorithm, draft in algorithms]
+    # The held-out loss is the training loss: evaluation needs what training needs, besides its own.
+    return {TRAINING: merge_specs(training), EVALUATION: merge_specs(training + evaluation)}
+
+
+@contextlib.contextmanager
+def open_inline_target(config: RunConfig, device: torch.device) -> Iterator[tuple[LocalConnection[Any], TargetInfo]]:
+    """A pool's only server, in this process: the engine on a thread of its own, behind admission like any other."""
+    engine = HFEngine(config.target)
+    try:
+        admission = Admission(engine)
+        try:
+            yield LocalConnection(admission, LocalSender(), LocalReceiver(device)), engine.info()
+        finally:
+            admission.close()
+    finally:
+        engine.close()
+
+
+@contextlib.contextmanager
+def assemble_trainer(config: RunConfig, prepared: PreparedData) -> Iterator[TrainerParts]:
+    """Everything a trainer needs; closed again, in order, at the end of the block.
+
+    Raises:
+        ConfigError: sizes or layers that do not fit the target.
+        DataError: nothing to train on, or nothing held out.
+    """
+    device = resolve_device(config.training.device)
+    train_rows = RowSource(prepared.train, prepared.train_plan, config.seed)
+    eval_rows = RowSource(prepared.eval, prepared.eval_plan, config.seed)
+    _check_rows(train_rows, eval_rows)
+    with contextlib.ExitStack() as stack:
+        connection, info = stack.enter_context(open_inline_target(config, device))
+        remember_target(RunDir(Path(config.run_dir)), info)
+        specs = feature_specs(config, info)
+        dtype = getattr(torch, config.training.dtype)
+        weights = CheckpointWeights(config.target, device, dtype)
+        drafts = {name: build_draft(config, name, info, weights, prepared, device, dtype) for name in config.drafts}
+        pool = FeaturePool([connection], specs)
+        stack.callback(pool.close)
+        transport = config.transport
+        budget = PrefetchBudget(transport.prefetch_rows, transport.prefetch_bytes)
+        num_rows = config.training.num_epochs * train_rows.num_rows
+        stream = FeatureStream(
+            train_rows.row, pool, budget, TRAINING, range(num_rows), row_timeout_s=transport.row_timeout_s
+        )
+        stack.callback(stream.close)
+
+        def open_eval_stream(num: int) -> FeatureStream:
+            return FeatureStream(
+                eval_rows.row,
+                pool,
+                budget,
+                EVALUATION,
+                range(num),
+                own_rows=1,
+                row_timeout_s=transport.row_timeout_s,
+            )
+
+        limit = config.training.max_eval_rows or eval_rows.num_rows
+        evaluate = HeldOutEvaluation(drafts, open_eval_stream, min(limit, eval_rows.num_rows))
+        yield TrainerParts(drafts, stream, num_rows, evaluate, pool)
+
+
+def _check_rows(train: RowSource, evaluation: RowSource) -> None:
+    if not train.num_rows:
+        raise DataError("there is no sample to train on: see the table of `paceline prepare` for what was skipped")
+    if not evaluation.num_rows:
+        raise DataError("no sample is held out: set data.eval, or raise data.eval_fraction")

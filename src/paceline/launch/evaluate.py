@@ -1,0 +1,146 @@
+"""`paceline evaluate`: what a run's drafts are worth in real speculative decoding, proven lossless."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from paceline.config.run import RunConfig
+from paceline.config.run_dir import RunDir
+from paceline.data.conversations import read_conversations
+from paceline.data.prepared import PreparedData
+from paceline.errors import DataError
+from paceline.evaluation.evaluate import (
+    Reference,
+    decode_references,
+    evaluate_algorithm,
+    evaluate_lookup,
+    repeated_share,
+)
+from paceline.evaluation.losslessness import Prompt
+from paceline.launch.prepare import load_run_tokenizer, prepare_data
+from paceline.launch.trained import Which, build_draft, load_trained
+from paceline.schema.target_info import TargetInfo
+from paceline.target.hf.engine import HFEngine
+from paceline.target.hf.stepping import SteppingTarget
+from paceline.target.hf.weights import CheckpointWeights
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Evaluation:
+    """What was measured, as plain data but for the order of `drafts`."""
+
+    drafts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By draft: figures of `DecodingResult.result`, and "untrained" and "lookup" with theirs where asked for."""
+    samples: list[tuple[str, str]] = field(default_factory=list)
+    """(prompt, answer) of the target, as text."""
+    repeated_share: float = 0.0
+    """Of 4-grams in the target's answers."""
+    num_prompts: int = 0
+
+
+def evaluate_run(
+    config: RunConfig, names: list[str], which: Which = "best", baselines: bool = False, num_samples: int = 2
+) -> Evaluation:
+    """Decode held-out prompts with the target alone and with each draft; writes evaluation.json.
+
+    Args:
+        baselines: decode with each draft untrained and with prompt look-up as well.
+
+    Raises:
+        LosslessnessError: a draft changed the target's greedy output.
+    """
+    run = RunDir(Path(config.run_dir))
+    target_config = config.target
+    if config.evaluation.dtype != "auto":
+        target_config = target_config.model_copy(update={"dtype": config.evaluation.dtype})
+    prepared = prepare_data(config, run)
+    engine = HFEngine(target_config)
+    try:
+        info = engine.info()
+        target = SteppingTarget(engine.model, info.eos_token_ids)
+        weights = CheckpointWeights(target_config, target.device, target.dtype)
+        prompts = list(_prompts(config, prepared))
+        limit = config.evaluation.max_new_tokens
+        references = decode_references(target, prompts, limit)
+        evaluation = _describe(references, engine.tokenizer, num_samples)
+        for name in names or list(config.drafts):
+            algorithm = build_draft(config, name, info, weights, prepared, target.device, target.dtype)
+            algorithm.draft.eval()
+            figures: dict[str, Any] = {}
+            if baselines:
+                figures["untrained"] = evaluate_algorithm(target, references, algorithm, limit).result()
+                figures["lookup"] = evaluate_lookup(target, references, algorithm.num_drafted, limit).result()
+            load_trained(algorithm, run, name, which)
+            evaluation.drafts[name] = evaluate_algorithm(target, references, algorithm, limit).result() | figures
+    finally:
+        engine.close()
+    run.evaluation.write_text(json.dumps(evaluation_facts(evaluation, info), indent=1) + "\n", encoding="utf-8")
+    return evaluation
+
+
+def evaluation_facts(evaluation: Evaluation, info: TargetInfo) -> dict[str, Any]:
+    """evaluation.json."""
+    return {
+        "target": info.name,
+        "dtype": info.dtype,
+        "prompts": evaluation.num_prompts,
+        "repeated_4grams": evaluation.repeated_share,
+        "samples": [{"prompt": prompt, "answer": answer} for prompt, answer in evaluation.samples],
+        "drafts": evaluation.drafts,
+    }
+
+
+def _describe(references: list[Reference], tokenizer: PreTrainedTokenizerBase, num_samples: int) -> Evaluation:
+    answers = [reference.plain.tokens for reference in references]
+
+    def text(tokens: Any) -> str:
+        return str(tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()
+
+    return Evaluation(
+        samples=[(text(r.prompt.tokens), text(r.plain.tokens)) for r in references[:num_samples]],
+        repeated_share=repeated_share(answers),
+        num_prompts=len(references),
+    )
+
+
+def _prompts(config: RunConfig, prepared: PreparedData) -> Iterator[Prompt]:
+    """Texts up to where the last assistant turn begins: of `evaluation.prompts`, else of the held-out data."""
+    count = 0
+    source = config.evaluation.prompts
+    for prompt in _read_prompts(source, config) if source else _held_out_prompts(prepared):
+        if count == config.evaluation.num_prompts:
+            return
+        count += 1
+        yield prompt
+    if not count:
+        raise DataError(f"{source or 'the held-out data'} has no prompt with an assistant turn to decode")
+
+
+def _held_out_prompts(prepared: PreparedData) -> Iterator[Prompt]:
+    for i in range(len(prepared.eval)):
+        sample = prepared.eval.sample(i)
+        start = int(sample.spans[-1, 0]) if len(sample.spans) else 0
+        if start:
+            yield Prompt(str(sample.sample_id), tuple(int(token) for token in sample.tokens[:start]))
+
+
+def _read_prompts(source: str, config: RunConfig) -> Iterator[Prompt]:
+    tokenizer = load_run_tokenizer(config)
+    for conversation in read_conversations(source):
+        messages = conversation.messages
+        while messages and messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
+        if messages:
+            tools: Any = conversation.tools
+            text = tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, tokenize=False)
+            tokens = tokenizer.encode(str(text), add_special_tokens=False)
+            yield Prompt(str(conversation.sample_id), tuple(tokens))

@@ -1,0 +1,39 @@
+"""`paceline export`: a run's drafts in the layouts that engines load, read back and compared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from paceline.config.run import RunConfig
+from paceline.config.run_dir import RunDir
+from paceline.data.prepared import PreparedData
+from paceline.export.exporting import export_draft
+from paceline.launch.prepare import prepare_data
+from paceline.launch.trained import Which, build_draft, load_trained, recall_target
+from paceline.schema.target_info import TargetInfo
+from paceline.target.hf.weights import CheckpointWeights
+
+
+def export_run(config: RunConfig, names: list[str], which: Which = "best") -> dict[str, Path]:
+    """Export drafts of the run; the directory of each.
+
+    Raises:
+        ExportError: what was written, read back, is not what was trained.
+    """
+    run = RunDir(Path(config.run_dir))
+    prepared = prepare_data(config, run)
+    info = recall_target(run)
+    return {name: export_one(config, name, info, prepared, which) for name in names or list(config.drafts)}
+
+
+def export_one(config: RunConfig, name: str, info: TargetInfo, prepared: PreparedData, which: Which) -> Path:
+    """Export one draft, from the CPU in fp32 (the published tensors have the target's dtype)."""
+    run, cpu = RunDir(Path(config.run_dir)), torch.device("cpu")
+    weights = CheckpointWeights(config.target, cpu, torch.float32)
+    algorithm = build_draft(config, name, info, weights, prepared, cpu, torch.float32)
+    load_trained(algorithm, run, name, which)
+    directory = Path(config.export.output) / name if config.export.output else run.export(name)
+    export_draft(algorithm, directory, config.export.include_embedding)
+    return directory

@@ -1,0 +1,146 @@
+"""Opening a run directory: what is written first, and whether a second start continues the same run."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import secrets
+import subprocess
+import tomllib
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from paceline.config.loading import dump_config
+from paceline.config.run import RunConfig
+from paceline.config.run_dir import RunDir
+from paceline.errors import RunDirectoryError
+from paceline.version import VERSION
+
+_MAY_CHANGE = (
+    "run_dir",
+    "evaluation",
+    "export",
+    "placement",
+    "regeneration",
+    "target.compile",
+    "target.device",
+    "target.device_map",
+    "tracking",
+    "training.activation_checkpointing",
+    "training.async_checkpoints",
+    "training.checkpoint_every",
+    "training.compile",
+    "training.device",
+    "training.eval_every",
+    "training.keep_checkpoints",
+    "training.log_every",
+    "training.max_eval_rows",
+    "training.num_threads",
+    "training.profile",
+    "training.shutdown_grace_s",
+    "transport",
+    "data.num_workers",
+    "data.cache_dir",
+)
+"""Settings that do not change what is trained on: a run may go on with other values of them."""
+_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "numpy", "pydantic")
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """An opened run directory."""
+
+    paths: RunDir
+    run_id: str
+    """Drawn when the directory was first used; marks what this run wrote."""
+
+
+def open_run(config: RunConfig) -> Run:
+    """Create the run directory, or go on in one that holds the same run.
+
+    Raises:
+        RunDirectoryError: it was made with another configuration (names what differs), or cannot be written.
+    """
+    paths = RunDir(Path(config.run_dir))
+    try:
+        paths.root.mkdir(parents=True, exist_ok=True)
+        if paths.resolved_config.exists() and paths.versions.exists():
+            check_same_run(paths, config)
+            run_id = str(json.loads(paths.versions.read_text(encoding="utf-8"))["run_id"])
+        else:
+            run_id = secrets.token_hex(8)
+            facts = {"run_id": run_id, **_versions()}
+            _write(paths.versions, json.dumps(facts, indent=1) + "\n")
+        _write(paths.resolved_config, dump_config(config))
+    except OSError as error:
+        raise RunDirectoryError(f"cannot use run directory {paths.root}: {error.strerror or error}") from error
+    except (ValueError, KeyError) as error:
+        raise RunDirectoryError(f"{paths.versions} is damaged ({error}): choose another run_dir") from error
+    return Run(paths, run_id)
+
+
+def check_same_run(paths: RunDir, config: RunConfig) -> None:
+    """Raise RunDirectoryError if what is trained would differ from what the directory holds."""
+    before = _flat(tomllib.loads(paths.resolved_config.read_text(encoding="utf-8")))
+    now = _flat(tomllib.loads(dump_config(config)))
+    differing = [
+        f"  {key}: was {before.get(key, 'not set')!r}, is {now.get(key, 'not set')!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not _may_change(key)
+    ]
+    if differing:
+        raise RunDirectoryError(
+            f"{paths.root} holds a run with another configuration:\n"
+            + "\n".join(differing)
+            + "\nchoose another run_dir, or set these back"
+        )
+
+
+def _may_change(key: str) -> bool:
+    return any(key == allowed or key.startswith(allowed + ".") for allowed in _MAY_CHANGE)
+
+
+def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _write(path: Path, text: str) -> None:
+    """Replace a small file as a whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def _versions() -> dict[str, Any]:
+    packages: dict[str, str] = {}
+    for name in _PACKAGES:
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return {
+        "paceline": VERSION,
+        "git": _git_state(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": packages,
+    }
+
+
+def _git_state() -> str | None:
+    """Commit of the source tree (with "-dirty"), or None outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)  # noqa: S603 - fixed words
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

@@ -1,0 +1,91 @@
+"""`paceline train`: one run from start, or from its newest checkpoint, to its end."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from typing import TYPE_CHECKING
+
+import torch
+from rich.console import Console
+
+from paceline.config.run import RunConfig
+from paceline.launch.assemble import TrainerParts, assemble_trainer
+from paceline.launch.prepare import prepare_data
+from paceline.launch.run import Run, open_run
+from paceline.observe.logs import logging_for
+from paceline.observe.metrics import MetricsWriter, View
+from paceline.observe.progress import build_progress
+from paceline.observe.trackers import build_trackers
+from paceline.training.checkpoint import CheckpointStore
+from paceline.training.schedule import num_planned_steps
+from paceline.training.trainer import Outputs, Trainer, TrainingResult
+
+if TYPE_CHECKING:
+    from paceline.launch.signals import StopSignals
+
+logger = logging.getLogger(__name__)
+
+
+def train(config: RunConfig, signals: StopSignals, console: Console) -> TrainingResult:
+    """Train to the end or until a signal; run again, it goes on from the newest checkpoint.
+
+    Raises:
+        PacelineError: anything that keeps the run from going on; see `errors`.
+    """
+    signals.grace_s = config.training.shutdown_grace_s
+    run = open_run(config)
+    with logging_for("trainer", 0, run.paths.log("trainer", 0), console):
+        set_numerics(config)
+        prepared = prepare_data(config, run.paths)
+        with assemble_trainer(config, prepared) as parts:
+            signals.on_stop(parts.stream.close)
+            return _run_trainer(config, run, parts, signals, console)
+
+
+def _run_trainer(
+    config: RunConfig, run: Run, parts: TrainerParts, signals: StopSignals, console: Console
+) -> TrainingResult:
+    training = config.training
+    num_steps = num_planned_steps(parts.num_rows, training.rows_per_step, training.max_steps)
+    with contextlib.ExitStack() as stack:
+        views: list[View] = [build_progress(num_steps, console), *build_trackers(config.tracking, run.paths)]
+        metrics = MetricsWriter(run.paths.metrics, views)
+        stack.callback(metrics.close)
+        checkpoints = CheckpointStore(
+            run.paths, run.run_id, training.keep_checkpoints, asynchronous=training.async_checkpoints
+        )
+        trainer = Trainer(
+            training,
+            parts.drafts,
+            parts.stream,
+            parts.num_rows,
+            parts.evaluate,
+            Outputs(metrics, checkpoints, run.paths.profile),
+            signals.stop,
+            lambda: _stream_figures(parts),
+        )
+        return trainer.run()
+
+
+def set_numerics(config: RunConfig) -> None:
+    """Threads and determinism, for the whole process, before any model is built."""
+    if config.training.num_threads is not None:
+        torch.set_num_threads(config.training.num_threads)
+    if config.training.deterministic:
+        # cuBLAS reads it when it is first used; without it torch refuses deterministic matrix products.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(mode=True)
+
+
+def _stream_figures(parts: TrainerParts) -> dict[str, float]:
+    stats, pool = parts.stream.stats, parts.pool.stats
+    return {
+        "rows_in_flight": stats.rows_in_flight,
+        "bytes_in_flight": stats.bytes_in_flight,
+        "bytes_received": stats.bytes_received,
+        "rows_retried": stats.rows_retried,
+        "queued_s": pool.queued_s,
+        "target_s": pool.computed_s,
+    }

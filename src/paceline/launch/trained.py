@@ -1,0 +1,126 @@
+"""Drafts of a finished (or running) run, loaded from its checkpoints for evaluation and export."""
+
+from __future__ import annotations
+
+import logging
+import tomllib
+import typing
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from paceline.config.loading import apply_overrides, build_config
+from paceline.config.run import RunConfig
+from paceline.config.run_dir import RunDir
+from paceline.data.prepared import PreparedData
+from paceline.drafts.interface import DraftAlgorithm, DraftContext, TargetWeights
+from paceline.drafts.registry import load_algorithm
+from paceline.drafts.vocabulary import build_vocabulary
+from paceline.errors import ConfigError, RunDirectoryError
+from paceline.schema.target_info import TargetInfo
+from paceline.training.checkpoint import best_checkpoint, latest_checkpoint, load_draft_weights
+
+logger = logging.getLogger(__name__)
+
+Which = Literal["best", "latest", "untrained"]
+
+
+def load_run_config(directory: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """The resolved configuration of a run directory, with `overrides`; `run_dir` is where it lies now.
+
+    Raises:
+        RunDirectoryError: there is no run in `directory`.
+    """
+    path = RunDir(Path(directory)).resolved_config
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RunDirectoryError(f"{directory} is no run directory (cannot read {path}: {error.strerror})") from error
+    table["run_dir"] = str(directory)
+    return build_config(apply_overrides(table, overrides), source=str(path))
+
+
+def remember_target(run: RunDir, info: TargetInfo) -> None:
+    """Keep the target's facts in the run directory: later commands need not load it, and another one is refused.
+
+    Raises:
+        RunDirectoryError: the run was trained against another target; names both fingerprints.
+    """
+    if run.target_info.exists():
+        before = recall_target(run)
+        if before.weight_fingerprint != info.weight_fingerprint:
+            raise RunDirectoryError(
+                f"{run.root} was trained against {before.name} (weights {before.weight_fingerprint}), the target is "
+                f"{info.name} (weights {info.weight_fingerprint}) now: choose another run_dir"
+            )
+    run.target_info.write_text(info.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+
+def recall_target(run: RunDir) -> TargetInfo:
+    """The facts about the target that the run was trained against.
+
+    Raises:
+        RunDirectoryError: nothing was trained in this directory yet.
+    """
+    try:
+        return TargetInfo.model_validate_json(run.target_info.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunDirectoryError(f"cannot read {run.target_info} ({error}): train the run first") from error
+
+
+def build_draft(
+    config: RunConfig,
+    name: str,
+    info: TargetInfo,
+    weights: TargetWeights,
+    prepared: PreparedData,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> DraftAlgorithm:
+    """One draft of the run, initialised and on `device`."""
+    draft, training = config.drafts[name], config.training
+    vocabulary = build_vocabulary(prepared.token_counts, getattr(draft, "vocab_size", 0), info.vocab_size)
+    context = DraftContext(
+        info=info,
+        weights=weights,
+        vocabulary=vocabulary,
+        device=device,
+        dtype=dtype,
+        seed=config.seed,
+        head_chunk_tokens=training.head_chunk_tokens,
+        compile=training.compile,
+        activation_checkpointing=training.activation_checkpointing,
+    )
+    algorithm = load_algorithm(draft.algorithm)(draft, context)
+    num_weights = sum(parameter.numel() for parameter in algorithm.draft.parameters())
+    logger.info("draft %s: %s, %s weights, vocabulary %d", name, draft.algorithm, f"{num_weights:,}", vocabulary.size)
+    return algorithm
+
+
+def check_which(name: str) -> Which:
+    """`name`, if it is one that `load_trained` takes.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if name not in typing.get_args(Which):
+        raise ConfigError(f"checkpoint {name!r}: one of {', '.join(typing.get_args(Which))}")
+    return typing.cast("Which", name)
+
+
+def load_trained(algorithm: DraftAlgorithm, run: RunDir, name: str, which: Which) -> Path | None:
+    """Put weights of a checkpoint into a draft; the checkpoint's path, None for "untrained".
+
+    Raises:
+        CheckpointError: there is no checkpoint, it is damaged, or has no such draft.
+    """
+    if which == "untrained":
+        return None
+    path = best_checkpoint(run, name) if which == "best" else latest_checkpoint(run)
+    saved = load_draft_weights(path, name)
+    with torch.no_grad():
+        for parameter_name, parameter in algorithm.draft.named_parameters():
+            parameter.copy_(saved[parameter_name])
+    return path
