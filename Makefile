@@ -1,0 +1,47 @@
+# Everything here works from a fresh clone with Python 3.11+ and pip only.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# One thread a process: the suite runs on small machines, and another number changes the last bits of sums.
+TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
+
+.PHONY: install quickstart test test-long check gpu-test docs clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+# A few minutes on a laptop CPU: a real tiny target, two drafts, a report. Run again, it goes on.
+quickstart: install
+	HF_HUB_OFFLINE=1 $(BIN)/paceline quickstart
+
+test: $(VENV)/.installed-dev
+	$(TEST_ENV) $(BIN)/python -m pytest -m "not gpu and not long"
+
+# Chaos and repetition: minutes to an hour.
+test-long: $(VENV)/.installed-dev
+	$(TEST_ENV) $(BIN)/python -m pytest -m "long and not gpu" --timeout 1800
+
+# Needs a CUDA device and a Python that has torch; uses $(PYTHON) itself, not the CPU environment.
+gpu-test:
+	PYTHONPATH=src:$$PYTHONPATH $(PYTHON) -m pytest -m gpu tests/gpu
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# The configuration reference is made from the schema; the other pages are written by hand.
+docs: install
+	$(BIN)/python benchmarks/make_config_reference.py docs/configuration.md
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
