@@ -38,22 +38,27 @@ def target_8b(dtype: str = "bfloat16") -> TargetInfo:
 
 
 class RandomTargetWeights:
-    """Embedding and lm_head of the target, random, on one device."""
+    """Embedding and lm_head of the target, random, on one device; like a real provider it makes what is asked for."""
 
     def __init__(self, info: TargetInfo, device: torch.device, dtype: torch.dtype) -> None:
-        generator = torch.Generator(device).manual_seed(1)
-        shape = (info.vocab_size, info.hidden_size)
-        self._embedding = torch.empty(shape, device=device, dtype=dtype).normal_(0, 0.02, generator=generator)
-        self._lm_head = torch.empty(shape, device=device, dtype=dtype).normal_(0, 0.02, generator=generator)
+        self._info, self._device, self._dtype = info, device, dtype
+        self._made: dict[int, torch.Tensor] = {}
 
     def embedding(self) -> torch.Tensor:
-        return self._embedding
+        return self._random(self._info.vocab_size, seed=1)
 
     def lm_head(self, rows: torch.Tensor | None = None) -> torch.Tensor:
-        return self._lm_head if rows is None else self._lm_head[rows]
+        return self._random(self._info.vocab_size if rows is None else len(rows), seed=2)
 
     def lm_head_bias(self, rows: torch.Tensor | None = None) -> torch.Tensor | None:
         del rows
+
+    def _random(self, rows: int, seed: int) -> torch.Tensor:
+        if seed not in self._made:
+            generator = torch.Generator(self._device).manual_seed(seed)
+            table = torch.empty((rows, self._info.hidden_size), device=self._device, dtype=self._dtype)
+            self._made[seed] = table.normal_(0, 0.02, generator=generator)
+        return self._made[seed]
 
 
 def random_row(lengths: Sequence[int], supervised_share: float, vocab: int, seed: int = 0) -> Row:

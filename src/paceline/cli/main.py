@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -35,6 +36,9 @@ Checkpoint = Annotated[str, typer.Option(help="best (by acceptance length) or la
 def main() -> None:
     """Run a verb; errors meant for the user are one message and exit code 1, others keep their traceback."""
     signals = catch_stop_signals()
+    if not sys.stderr.isatty():
+        for library in ("HF_HUB", "HF_DATASETS"):  # their bars fill a log file line by line
+            os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
     try:
         app(obj=signals)
     except PacelineError as error:
