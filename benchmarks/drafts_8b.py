@@ -14,7 +14,6 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from shapes import RandomTargetWeights, random_features, random_row, target_8b
 
 from paceline.config.drafts import DFlashConfig, Eagle3Config
 from paceline.drafts.interface import DraftAlgorithm, DraftContext, TargetWeights
@@ -22,6 +21,7 @@ from paceline.drafts.registry import load_algorithm
 from paceline.drafts.vocabulary import DraftVocabulary
 from paceline.schema.features import FeatureRow
 from paceline.schema.target_info import TargetInfo
+from shapes import RandomTargetWeights, random_features, random_row, target_8b
 
 GIB = 2**30
 
