@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from paceline.data.conversations import UnusableSampleError, build_conversation, check_roles, read_conversations
@@ -85,12 +87,17 @@ def test_lines_arrays_parquet_and_a_directory_of_them_give_the_same_conversation
 
 
 def test_nulls_that_a_column_format_adds_are_not_content(tmp_path: Path):
-    rows = [
-        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "name": "x"}]},
-        OPENAI,
-    ]
-    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "d.parquet")
-    assert [c.messages for c in read_conversations(str(tmp_path / "d.parquet"))] == [row["messages"] for row in rows]
+    rows = [OPENAI | {"tools": [{"name": "add"}]}, OPENAI | {"tools": [{"strict": True}]}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "d.parquet")
+    assert pq.read_table(tmp_path / "d.parquet").to_pylist()[0]["tools"] == [{"name": "add", "strict": None}]
+    assert [c.tools for c in read_conversations(str(tmp_path / "d.parquet"))] == [row["tools"] for row in rows]
+
+
+def test_the_order_of_keys_does_not_change_the_id():
+    tools = [{"name": "add", "strict": True}]
+    first = build_conversation(OPENAI | {"tools": tools})
+    second = build_conversation(OPENAI | {"tools": [dict(reversed(tools[0].items()))]})
+    assert first.sample_id == second.sample_id != build_conversation(OPENAI).sample_id
 
 
 def read_all(path: Path) -> list:

@@ -29,9 +29,11 @@ from paceline.config.data import DataConfig
 from paceline.data.packing import RowPlan
 from paceline.data.samples import SAMPLE_FEATURES, SampleTokenizer
 from paceline.data.sources import Source
-from paceline.data.split import PreparedSplit, write_split
+from paceline.data.split import PreparedSample, PreparedSplit, write_split
 from paceline.data.summary import HELD_OUT, PrepareSummary, SplitSummary, check_summary
 from paceline.errors import DataError
+
+__all__ = ["PreparedData", "PreparedSample", "PreparedSplit", "load_prepared", "prepare", "tokenizer_fingerprint"]
 
 _log = logging.getLogger(__name__)
 _FORMAT = 1  # raise it when the same input gives other samples or other files
