@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3_5TextConfig
 
 from paceline.data.completion import Prompt
 from paceline.errors import ConfigError, OutOfMemoryError, StoppedError
@@ -36,6 +36,50 @@ def test_greedy_answers_of_a_batch_are_those_of_generate_one_by_one(target: tupl
     expected = [alone(model, tokenizer, prompt, 24) for prompt in PROMPTS]
     assert [a.text for a in answers] == [tokenizer.decode(ids, skip_special_tokens=True) for ids in expected]
     assert len({a.text for a in answers}) > 1
+
+
+def test_answers_that_have_ended_leave_the_batch(target: tuple[Any, Any]) -> None:
+    model, tokenizer = target
+    end = alone(model, tokenizer, PROMPTS[1], 24)[3]
+    sizes: list[int] = []
+    hook = model.register_forward_hook(lambda _m, _i, output: sizes.append(len(output.logits)))
+    configured = model.generation_config.eos_token_id
+    model.generation_config.eos_token_id = end
+    try:
+        answers = Generator(model, tokenizer, max_new_tokens=24).complete(PROMPTS)
+        for prompt, answer in zip(PROMPTS, answers, strict=True):
+            assert Generator(model, tokenizer, max_new_tokens=24).complete([prompt]) == [answer]
+    finally:
+        model.generation_config.eos_token_id = configured
+        hook.remove()
+    assert not answers[1].truncated
+    assert any(answer.num_tokens > 8 for answer in answers)
+    assert sizes[0] == len(PROMPTS)
+    assert sizes[8] < len(PROMPTS)
+
+
+def test_a_target_with_recurrent_layers_answers_a_batch_as_one_by_one(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = Qwen3_5TextConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        linear_num_key_heads=2,
+        linear_num_value_heads=2,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        layer_types=["linear_attention", "full_attention"],
+        eos_token_id=256,
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    tokenizer = tiny_tokenizer()
+    answers = Generator(model, tokenizer, max_new_tokens=20).complete(PROMPTS)
+    expected = [alone(model, tokenizer, prompt, 20) for prompt in PROMPTS]
+    assert [a.text for a in answers] == [tokenizer.decode(ids, skip_special_tokens=True) for ids in expected]
 
 
 def test_an_answer_ends_at_an_end_token_and_only_a_cut_one_is_marked(target: tuple[Any, Any]) -> None:

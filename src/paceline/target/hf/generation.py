@@ -10,7 +10,9 @@ from typing import Any
 import jinja2
 import numpy as np
 import torch
+from torch.nn import functional
 from transformers import (
+    DynamicCache,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
@@ -20,9 +22,13 @@ from transformers import (
     TemperatureLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from paceline.data.completion import Answer, Prompt
 from paceline.errors import ConfigError, OutOfMemoryError, StoppedError
+
+_TOKENS_BETWEEN_CHECKS = 8
+"""Tokens generated before answers that have ended leave the batch: `generate` starts again in a few milliseconds."""
 
 
 class Generator:
@@ -98,40 +104,80 @@ class Generator:
         return list(self._tokenizer.encode(str(text), add_special_tokens=False))
 
     def _answer(self, output: list[int]) -> Answer:
-        ended = bool(output) and output[-1] in self._end_ids
+        ended = self._has_ended(output)
         text = self._tokenizer.decode(
             output[:-1] if ended else output, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return Answer(str(text), num_tokens=len(output), truncated=not ended)
 
     def _generate(self, prompts: list[list[int]], keys: list[tuple[int, int]]) -> list[list[int]]:
-        """New tokens of each prompt, up to and with the one that ends it."""
+        """New tokens of each prompt, up to and with the one that ends it.
+
+        A few tokens at a time: answers that have ended leave the batch, so that they cost nothing while the
+        longest one goes on.
+        """
         model: Any = self._model  # transformers' own annotations make `generate` a tensor
-        device = model.get_input_embeddings().weight.device
+        tokens, mask = (part.to(model.get_input_embeddings().weight.device) for part in self._left_padded(prompts))
+        longest = tokens.shape[1]
+        outputs: list[list[int]] = [[] for _ in prompts]
+        running = list(range(len(prompts)))
+        cache = self._divisible_cache()
+        with torch.inference_mode(), self._memory_explained(len(prompts), longest):
+            while running:
+                num_left = self._max_new_tokens - (tokens.shape[1] - longest)
+                output = model.generate(
+                    input_ids=tokens,
+                    attention_mask=mask,
+                    past_key_values=cache,
+                    max_new_tokens=num_left if cache is None else min(num_left, _TOKENS_BETWEEN_CHECKS),
+                    logits_processor=self._processors([keys[i] for i in running], longest),
+                    stopping_criteria=StoppingCriteriaList([_StopRequested(self._stop)]),
+                    **self._plain_settings(),
+                )
+                kept = []
+                for row, new_tokens in enumerate(output[:, tokens.shape[1] :].tolist()):
+                    outputs[running[row]] += self._cut(new_tokens)
+                    if not self._has_ended(outputs[running[row]]):
+                        kept.append(row)
+                if output.shape[1] - longest >= self._max_new_tokens or not kept:
+                    break
+                mask = functional.pad(mask, (0, output.shape[1] - tokens.shape[1]), value=1)[kept]
+                tokens = output[kept]
+                running = [running[row] for row in kept]
+                if cache is not None and len(kept) < len(output):
+                    cache.batch_select_indices(torch.tensor(kept, device=tokens.device))
+        return outputs
+
+    def _left_padded(self, prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         longest = max(len(ids) for ids in prompts)
-        pad_id = min(self._end_ids)
-        tokens = torch.full((len(prompts), longest), pad_id)
+        tokens = torch.full((len(prompts), longest), min(self._end_ids))
         mask = torch.zeros_like(tokens)
         for row, ids in enumerate(prompts):
             tokens[row, longest - len(ids) :] = torch.tensor(ids)
             mask[row, longest - len(ids) :] = 1
-        with torch.inference_mode(), self._memory_explained(len(prompts), longest):
-            output = model.generate(
-                input_ids=tokens.to(device),
-                attention_mask=mask.to(device),
-                max_new_tokens=self._max_new_tokens,
-                do_sample=False,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                repetition_penalty=1.0,  # a checkpoint's generation_config.json may say otherwise; greedy is greedy
-                num_beams=1,
-                eos_token_id=sorted(self._end_ids),
-                pad_token_id=pad_id,
-                logits_processor=self._processors(keys, longest),
-                stopping_criteria=StoppingCriteriaList([_StopRequested(self._stop)]),
-            )
-        return [self._cut(row) for row in output[:, longest:].tolist()]
+        return tokens, mask
+
+    def _plain_settings(self) -> dict[str, Any]:
+        """Greedy is greedy, whatever the checkpoint's generation_config.json says."""
+        return {
+            "do_sample": False,
+            "temperature": None,
+            "top_p": None,
+            "top_k": None,
+            "repetition_penalty": 1.0,
+            "num_beams": 1,
+            "eos_token_id": sorted(self._end_ids),
+            "pad_token_id": min(self._end_ids),
+        }
+
+    def _divisible_cache(self) -> DynamicCache | None:
+        """A cache whose rows can be dropped; None for targets with recurrent layers, which keep a batch to its end."""
+        cache = DynamicCache(config=self._model.config)
+        divisible = {DynamicLayer, DynamicSlidingWindowLayer}
+        return cache if all(type(layer) in divisible for layer in cache.layers) else None
+
+    def _has_ended(self, output: list[int]) -> bool:
+        return bool(output) and output[-1] in self._end_ids
 
     def _cut(self, new_tokens: list[int]) -> list[int]:
         for i, token in enumerate(new_tokens):
