@@ -141,7 +141,10 @@ class RowCapture:
             return wanted
         for start in range(0, len(final), self._vocab_chunk_tokens):
             chunk = slice(start, start + self._vocab_chunk_tokens)
-            logits = apply_logit_transform(self._parts.lm_head(final[chunk]), self._transform)
+            logits = self._parts.lm_head(final[chunk])
+            if spec.logsumexp or self._transform.scale != 1.0 or self._transform.soft_cap is not None:
+                logits = apply_logit_transform(logits, self._transform)
+            # Otherwise the largest is the largest in fp32 too, and 6 bytes a logit need not be written and read.
             if spec.greedy:
                 wanted["greedy"][chunk] = logits.argmax(-1)
             if spec.logsumexp:
