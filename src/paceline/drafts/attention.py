@@ -61,19 +61,36 @@ def attend_context(q: Tensor, k: Tensor, v: Tensor, visible: Visibility) -> tupl
 
 
 def _attend_dense(q: Tensor, k: Tensor, v: Tensor, visible: Visibility) -> tuple[Tensor, Tensor]:
+    """A block of queries at a time, over the keys that any of them sees: short documents cost what they are worth."""
+    if q.device.type != "cpu" or len(q) <= _BLOCK:
+        return _attend_block(q, k, v, visible.first, visible.end)
+    outs, lses = [], []
+    for start in range(0, len(q), _BLOCK):
+        part = slice(start, start + _BLOCK)
+        first, end = visible.first[part], visible.end[part]
+        low = min(*first.tolist(), len(k) - 1)
+        keys = slice(low, max(*end.tolist(), low + 1))
+        out, lse = _attend_block(q[part], k[keys], v[keys], first - low, end - low)
+        outs.append(out)
+        lses.append(lse)
+    return torch.cat(outs), torch.cat(lses)
+
+
+def _attend_block(q: Tensor, k: Tensor, v: Tensor, first: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
     num_queries, heads, head_dim = q.shape
     num_keys, kv_heads, _ = k.shape
     grouped = q.view(num_queries, kv_heads, heads // kv_heads, head_dim)
     scores = torch.einsum("qhgd,khd->hgqk", grouped.float(), k.float()) / math.sqrt(head_dim)
     keys = torch.arange(num_keys, device=q.device)
-    hidden_keys = (keys < visible.first[:, None]) | (keys >= visible.end[:, None])
-    scores = scores.masked_fill(hidden_keys, -math.inf)
-    blind = (visible.end <= visible.first)[:, None]
+    blind = (end <= first)[:, None]
     # Rows without any key: softmax of all -inf is NaN, in the gradient too, so they are scored 0 and zeroed after.
-    lse = torch.logsumexp(scores.masked_fill(blind, 0.0), -1)
-    weights = torch.exp(scores - lse[..., None])
-    out = torch.einsum("hgqk,khd->qhgd", weights, v.float()).reshape(q.shape).to(q.dtype)
-    lse = lse.masked_fill(blind[:, 0], -math.inf)
+    unseen = ((keys < first[:, None]) | (keys >= end[:, None])) & ~blind
+    scores = scores.masked_fill(unseen, -math.inf).masked_fill(blind, 0.0)
+    weights = torch.softmax(scores, -1)
+    # The largest weight is exp(largest score - lse). torch.logsumexp would take the exponential of every -inf again,
+    # which on a CPU is seven times slower than that of a number.
+    lse = (scores.amax(-1) - weights.amax(-1).log()).masked_fill(blind[:, 0], -math.inf)
+    out = torch.einsum("hgqk,khd->qhgd", weights.masked_fill(blind, 0.0), v.float()).reshape(q.shape).to(q.dtype)
     return out, lse.permute(2, 0, 1).reshape(num_queries, heads)
 
 
@@ -98,6 +115,7 @@ def _flex() -> Callable[..., tuple[Tensor, Tensor]]:
     def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Any) -> tuple[Tensor, Tensor]:
         grouped = q.shape[1] != k.shape[1]
         out, aux = flex_attention(q, k, v, block_mask=blocks, enable_gqa=grouped, return_aux=AuxRequest(lse=True))
+        assert aux.lse is not None, "it was asked for"
         return out, aux.lse
 
     compiled: Callable[..., tuple[Tensor, Tensor]] = torch.compile(attend, dynamic=True)

@@ -135,7 +135,7 @@ def _soft_chunk(
     logits = raw.float()
     lse = torch.logsumexp(logits, -1)
     cross_entropy = lse - (p * logits).sum(-1)
-    gradient = (torch.exp(logits - lse[:, None]) - p) * weight[:, None]
+    gradient = (torch.softmax(logits, -1) - p) * weight[:, None]
     return cross_entropy, logits.argmax(-1), gradient.to(raw.dtype)
 
 
@@ -147,7 +147,7 @@ def _hard_chunk(
     lse = torch.logsumexp(logits, -1)
     cross_entropy = lse - logits.gather(-1, labels[:, None])[:, 0]
     is_label = torch.arange(raw.shape[-1], device=raw.device) == labels[:, None]
-    gradient = (torch.exp(logits - lse[:, None]) - is_label.float()) * weight[:, None]
+    gradient = (torch.softmax(logits, -1) - is_label.float()) * weight[:, None]
     if soft_cap is not None:
         gradient = gradient * (1 - (logits / soft_cap) ** 2)
     return cross_entropy, logits.argmax(-1), (gradient * scale).to(raw.dtype)
