@@ -87,7 +87,9 @@ def _apply_override(table: dict[str, Any], override: str) -> None:
 
 
 def _explain(problem: Any) -> str:
-    location = [str(part) for part in problem["loc"] if str(part) not in _DRAFT_CLASSES]
+    location = [str(part) for part in problem["loc"]]
+    if location[:1] == ["drafts"] and len(location) > 2:
+        del location[2]  # pydantic puts the algorithm behind the draft's name
     key = ".".join(location)
     if problem["type"] == "extra_forbidden":
         known = _known_keys(problem["loc"])
