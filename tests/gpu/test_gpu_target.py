@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from paceline.config.target import TargetConfig
 from paceline.schema.features import Features, FeatureSpec
 from paceline.target.hf.engine import HFEngine
+from paceline.target.hf.weights import CheckpointWeights
 from tiny import save_tiny_target, tiny_request
 
 pytestmark = [
@@ -51,6 +52,11 @@ def compute(target: Path, request, spec=SPEC, **settings) -> Features:
     return features
 
 
+def load_lm_head(target: Path) -> torch.Tensor:
+    config = TargetConfig(model=str(target))
+    return CheckpointWeights(config, torch.device("cuda"), torch.float32).lm_head()
+
+
 def relative(value: torch.Tensor, reference: torch.Tensor) -> float:
     return float((value.float() - reference.float()).norm() / reference.float().norm())
 
@@ -71,7 +77,11 @@ def test_bf16_features_are_close_to_fp32(target: Path, documents: str):
         assert relative(ours.hidden[:, slot], exact.hidden[:, slot]) < 3e-2
         assert cosine(ours.hidden[:, slot], exact.hidden[:, slot]) > 0.999
     assert cosine(ours.final_hidden, exact.final_hidden) > 0.999
-    assert (ours.greedy == exact.greedy).float().mean() > 0.95
+    # A greedy token may only change where the exact logits all but tie.
+    logits = exact.final_hidden @ load_lm_head(target).T
+    given_up = logits.max(-1).values - logits.gather(-1, ours.greedy.long()[:, None])[:, 0]
+    assert (given_up / logits.std(-1)).max() < 0.15
+    assert (ours.greedy == exact.greedy).float().mean() > 0.9
     assert (ours.logsumexp - exact.logsumexp).abs().max() < 0.1
 
 
