@@ -13,7 +13,7 @@ from paceline.client.stream import FeatureStream
 from paceline.schema.features import Features, FeatureSpec
 from paceline.schema.rows import Row, RowRequest
 from paceline.target.admission import Admission
-from paceline.transport.local import LocalReceiver, LocalSender
+from paceline.transport.local import LocalDelivery, LocalReceiver, LocalSender
 from small_engine import SmallEngine, expected_hidden, small_row
 
 pytestmark = pytest.mark.gpu
@@ -42,18 +42,33 @@ class DeviceEngine(SmallEngine):
         return features
 
 
+class SlowCopies(LocalReceiver):
+    """Its copy streams are always behind."""
+
+    def receive(self, parcel: Features) -> LocalDelivery:
+        with torch.cuda.stream(self._side_stream(torch.device("cuda", torch.cuda.current_device()))):
+            torch.cuda._sleep(5 * MILLISECOND)
+        return super().receive(parcel)
+
+
 def long_row(position: int) -> Row:
     row: Row = small_row(position, num_tokens=NUM_TOKENS + 16 * (position % 3))
     return row
 
 
-def run(engine_device: str, trainer_device: str, budget: PrefetchBudget, num_rows: int = 100) -> DeviceEngine:
+def run(engine_device: str, trainer_device: str, budget: PrefetchBudget, num_rows: int = 150) -> DeviceEngine:
     """Train rows with work that reads them long after the host has gone on; every sum must be right."""
     engine = DeviceEngine(engine_device)
     admission = Admission(engine)
-    receiver = LocalReceiver(torch.device(trainer_device))
+    receiver = SlowCopies(torch.device(trainer_device))
     pool = FeaturePool([LocalConnection(admission, LocalSender(), receiver)], SPECS)
-    stream = FeatureStream(long_row, pool, budget, "evaluation", range(num_rows))
+    stream = FeatureStream(long_row, pool, budget, "training", range(num_rows))
+    # on the device beforehand: a copy from pageable memory would hold the host back in every row
+    expected = {
+        (row.row_id, row.num_tokens): expected_hidden(row.tokens, (1, 3)).to(trainer_device)
+        for row in map(long_row, range(num_rows))
+    }
+    torch.cuda.synchronize()
     done: list[torch.cuda.Event] = []
     wrong = []
     with torch.cuda.stream(torch.cuda.Stream()):
@@ -63,9 +78,8 @@ def run(engine_device: str, trainer_device: str, budget: PrefetchBudget, num_row
             if trainer_device == "cuda":
                 if budget.max_rows == 1:
                     assert all(event.query() for event in done)  # strictly serial on the device, too
-                torch.cuda._sleep(MILLISECOND)
-            expected = expected_hidden(row.row.tokens, (1, 2, 3)).to(trainer_device, non_blocking=True)
-            wrong.append((position, (row.features.hidden != expected).any()))
+                torch.cuda._sleep(12 * MILLISECOND)  # longer than the engine takes for a row
+            wrong.append((position, (row.features.hidden != expected[row.row.row_id, row.row.num_tokens]).any()))
             if trainer_device == "cuda":
                 done.append(torch.cuda.current_stream().record_event())
     assert [position for position, _ in wrong] == list(range(num_rows))
