@@ -34,7 +34,10 @@ Checkpoint = Annotated[str, typer.Option(help="best (by acceptance length) or la
 
 
 def main() -> None:
-    """Run a verb; errors meant for the user are one message and exit code 1, others keep their traceback."""
+    """Run a verb; errors meant for the user are one message and exit code 1, others keep their traceback.
+
+    Notes on an error (which row, which server, where in the target's code) come before its message.
+    """
     signals = catch_stop_signals()
     if not sys.stderr.isatty():
         for library in ("HF_HUB", "HF_DATASETS"):  # their bars fill a log file line by line
@@ -42,7 +45,7 @@ def main() -> None:
     try:
         app(obj=signals)
     except PacelineError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        print(*getattr(error, "__notes__", ()), f"error: {error}", sep="\n", file=sys.stderr)  # noqa: T201
         sys.exit(1)
     except SystemExit as done:
         # A verb that was interrupted and ended in order still says so.

@@ -21,6 +21,10 @@ class RunDir:
         return self.root / "versions.json"
 
     @property
+    def lock(self) -> Path:
+        return self.root / "lock"
+
+    @property
     def target_info(self) -> Path:
         return self.root / "target.json"
 

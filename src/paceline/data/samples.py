@@ -62,7 +62,7 @@ class SampleTokenizer:
         """
         self._tokenizer = tokenizer
         self._config = config
-        self.template = _read_template(config.chat_template)
+        self.template = read_chat_template(config.chat_template)
         self._start_ids = self._marker_ids("assistant_start", config.assistant_start)
         self._end_ids = self._marker_ids("assistant_end", config.assistant_end)
 
@@ -166,7 +166,12 @@ class SampleTokenizer:
         return ids
 
 
-def _read_template(path: str | None) -> str | None:
+def read_chat_template(path: str | None) -> str | None:
+    """The template in a file; None without one.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
     if path is None:
         return None
     try:

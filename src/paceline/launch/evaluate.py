@@ -25,7 +25,7 @@ from paceline.evaluation.evaluate import (
 )
 from paceline.evaluation.losslessness import Prompt
 from paceline.launch.prepare import load_run_tokenizer, prepare_data
-from paceline.launch.trained import Which, build_draft, load_trained
+from paceline.launch.trained import Which, build_draft, check_same_target, load_trained
 from paceline.schema.target_info import TargetInfo
 from paceline.target.hf.engine import HFEngine
 from paceline.target.hf.stepping import SteppingTarget
@@ -57,6 +57,7 @@ def evaluate_run(
 
     Raises:
         LosslessnessError: a draft changed the target's greedy output.
+        RunDirectoryError: the run was trained against another target.
     """
     run = RunDir(Path(config.run_dir))
     target_config = config.target
@@ -66,6 +67,7 @@ def evaluate_run(
     engine = HFEngine(target_config)
     try:
         info = engine.info()
+        check_same_target(run, info)
         target = SteppingTarget(engine.model, info.eos_token_ids)
         weights = CheckpointWeights(target_config, target.device, target.dtype)
         prompts = list(_prompts(config, prepared))
@@ -141,6 +143,8 @@ def _read_prompts(source: str, config: RunConfig) -> Iterator[Prompt]:
             messages = messages[:-1]
         if messages:
             tools: Any = conversation.tools
-            text = tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, tokenize=False)
+            text = tokenizer.apply_chat_template(
+                messages, tools=tools, add_generation_prompt=True, tokenize=False, **config.data.chat_template_args
+            )
             tokens = tokenizer.encode(str(text), add_special_tokens=False)
             yield Prompt(str(conversation.sample_id), tuple(tokens))

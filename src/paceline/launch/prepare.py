@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from paceline.config.run import RunConfig
 from paceline.config.run_dir import RunDir
 from paceline.data.prepared import PreparedData, prepare
+from paceline.data.samples import read_chat_template
 from paceline.target.hf.loading import load_config, load_tokenizer, resolve_checkpoint
 
 
@@ -32,8 +33,13 @@ def load_run_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     """The tokenizer of `data.tokenizer`, else the target's own; with `data.chat_template` if that is set."""
     target = config.target
     if config.data.tokenizer:
-        return load_tokenizer(config.data.tokenizer, None, target.trust_remote_code)
-    return load_tokenizer(target.model, target.revision, target.trust_remote_code)
+        tokenizer = load_tokenizer(config.data.tokenizer, None, target.trust_remote_code)
+    else:
+        tokenizer = load_tokenizer(target.model, target.revision, target.trust_remote_code)
+    template = read_chat_template(config.data.chat_template)
+    if template is not None:
+        tokenizer.chat_template = template
+    return tokenizer
 
 
 def target_vocab_size(config: RunConfig) -> int:

@@ -10,6 +10,7 @@ from paceline.config.run import RunConfig
 from paceline.config.run_dir import RunDir
 from paceline.data.conversations import read_conversations
 from paceline.data.regeneration import RegenerationSummary, regenerate
+from paceline.data.samples import read_chat_template
 from paceline.target.hf.fingerprint import fingerprint_weights
 from paceline.target.hf.generation import Generator
 from paceline.target.hf.loading import load_model, load_tokenizer, resolve_checkpoint, resolve_device
@@ -34,8 +35,9 @@ def regenerate_data(
     checkpoint = resolve_checkpoint(target.model, target.revision, target.trust_remote_code)
     model = load_model(target, checkpoint, resolve_device(target.device))
     tokenizer = load_tokenizer(target.model, target.revision, target.trust_remote_code)
-    if config.data.chat_template is not None:
-        tokenizer.chat_template = Path(config.data.chat_template).read_text(encoding="utf-8")
+    template = read_chat_template(config.data.chat_template)
+    if template is not None:
+        tokenizer.chat_template = template
     generator = Generator(
         model,
         tokenizer,

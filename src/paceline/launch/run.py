@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import platform
 import secrets
 import subprocess
 import tomllib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -56,6 +59,36 @@ class Run:
     paths: RunDir
     run_id: str
     """Drawn when the directory was first used; marks what this run wrote."""
+
+
+@contextlib.contextmanager
+def lock_run(paths: RunDir) -> Iterator[None]:
+    """Hold the run directory for this process: two trainers would write into each other's checkpoints and metrics.
+
+    The operating system lets go of it when the process ends, however it ends.
+
+    Raises:
+        RunDirectoryError: another process holds it (names its id), or the directory cannot be written.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            paths.root.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(paths.lock.open("a+", encoding="utf-8"))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise RunDirectoryError(
+                f"{paths.root} is in use by process {file.read().strip() or 'unknown'}: wait until it ends, or choose "
+                "another run_dir"
+            ) from error
+        except OSError as error:
+            raise RunDirectoryError(f"cannot use run directory {paths.root}: {error.strerror or error}") from error
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        # A worker forked later would hold the lock for as long as it lives, also after this process is gone.
+        os.register_at_fork(after_in_child=file.close)
+        yield
 
 
 def open_run(config: RunConfig) -> Run:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
 
 from paceline.config.run import RunConfig
+from paceline.config.run_dir import RunDir
+from paceline.errors import RunDirectoryError
 from paceline.launch.assemble import TrainerParts, assemble_trainer
 from paceline.launch.prepare import prepare_data
-from paceline.launch.run import Run, open_run
+from paceline.launch.run import Run, lock_run, open_run
 from paceline.observe.logs import logging_for
 from paceline.observe.metrics import MetricsWriter, View
 from paceline.observe.progress import build_progress
@@ -35,13 +40,17 @@ def train(config: RunConfig, signals: StopSignals, console: Console) -> Training
         PacelineError: anything that keeps the run from going on; see `errors`.
     """
     signals.grace_s = config.training.shutdown_grace_s
-    run = open_run(config)
-    with logging_for("trainer", 0, run.paths.log("trainer", 0), console):
-        set_numerics(config)
-        prepared = prepare_data(config, run.paths)
-        with assemble_trainer(config, prepared) as parts:
-            signals.on_stop(parts.stream.close)
-            return _run_trainer(config, run, parts, signals, console)
+    paths = RunDir(Path(config.run_dir))
+    with lock_run(paths), _full_disk_named(paths):
+        run = open_run(config)
+        with logging_for("trainer", 0, paths.log("trainer", 0), console):
+            set_numerics(config)
+            prepared = prepare_data(config, paths)
+            with assemble_trainer(config, prepared) as parts:
+                # Whoever waits for a row, in training or in an evaluation, is let go.
+                signals.on_stop(parts.stream.close)
+                signals.on_stop(parts.pool.close)
+                return _run_trainer(config, run, parts, signals, console)
 
 
 def _run_trainer(
@@ -70,13 +79,28 @@ def _run_trainer(
 
 
 def set_numerics(config: RunConfig) -> None:
-    """Threads and determinism, for the whole process, before any model is built."""
+    """Threads, seed and determinism, for the whole process, before any model is built."""
+    torch.manual_seed(config.seed)
     if config.training.num_threads is not None:
         torch.set_num_threads(config.training.num_threads)
     if config.training.deterministic:
         # cuBLAS reads it when it is first used; without it torch refuses deterministic matrix products.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(mode=True)
+
+
+@contextlib.contextmanager
+def _full_disk_named(paths: RunDir) -> Iterator[None]:
+    """Metrics and logs have no error of their own for a disk that is full; checkpoints and prepared data do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise RunDirectoryError(
+            f"cannot write to {paths.root}: {error.strerror}; free some space and run the same command again: it goes "
+            "on from the newest checkpoint"
+        ) from error
 
 
 def _stream_figures(parts: TrainerParts) -> dict[str, float]:

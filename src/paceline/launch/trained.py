@@ -48,14 +48,20 @@ def remember_target(run: RunDir, info: TargetInfo) -> None:
     Raises:
         RunDirectoryError: the run was trained against another target; names both fingerprints.
     """
-    if run.target_info.exists():
-        before = recall_target(run)
-        if before.weight_fingerprint != info.weight_fingerprint:
-            raise RunDirectoryError(
-                f"{run.root} was trained against {before.name} (weights {before.weight_fingerprint}), the target is "
-                f"{info.name} (weights {info.weight_fingerprint}) now: choose another run_dir"
-            )
+    check_same_target(run, info)
     run.target_info.write_text(info.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+
+def check_same_target(run: RunDir, info: TargetInfo) -> None:
+    """Raise RunDirectoryError if the run's drafts belong to another target; names both fingerprints."""
+    if not run.target_info.exists():
+        return
+    before = recall_target(run)
+    if before.weight_fingerprint != info.weight_fingerprint:
+        raise RunDirectoryError(
+            f"{run.root} was trained against {before.name} (weights {before.weight_fingerprint}), the target is "
+            f"{info.name} (weights {info.weight_fingerprint}) now: choose another run_dir"
+        )
 
 
 def recall_target(run: RunDir) -> TargetInfo:

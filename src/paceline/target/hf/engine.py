@@ -6,6 +6,7 @@ import logging
 import queue
 import threading
 import time
+import traceback
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -213,6 +214,8 @@ class HFEngine:
             self._fail(job, error)
         except _MODEL_ERRORS as error:
             self._fail(job, _explain(error, job.request))
+        except BaseException as error:  # a bug: whoever waits for the row must hear of it, with its traceback
+            self._fail(job, error)
         else:
             return _Launched(job, tensors, finite, started_s, event)
         return None
@@ -241,7 +244,7 @@ class HFEngine:
         self._leave()
         job.future.set_result(features)
 
-    def _fail(self, job: _Job, error: Exception) -> None:
+    def _fail(self, job: _Job, error: BaseException) -> None:
         self._leave()
         if job.future.running() or job.future.set_running_or_notify_cancel():
             job.future.set_exception(error)
@@ -342,5 +345,7 @@ def _explain(error: Exception, request: RowRequest) -> PacelineError:
         )
     else:
         explained = TargetError(f"the target failed on row {request.position}: {type(error).__name__}: {error}")
+        # Not a mistake of the user: whoever looks for it needs to know where it happened.
+        explained.add_note("".join(traceback.format_exception(error)).rstrip())
     explained.__cause__ = error
     return explained
