@@ -1,6 +1,7 @@
 """Answers are rewritten turn by turn, in order, and nothing is lost when a run is cut off anywhere."""
 
 import json
+import resource
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -239,13 +240,37 @@ def test_two_processes_do_not_write_one_file(tmp_path: Path) -> None:
     assert run([conversation(0)], tmp_path / "out.jsonl", complete).num_answered == 1
 
 
-def test_a_foreign_file_is_not_appended_to(tmp_path: Path) -> None:
-    (tmp_path / "out.jsonl").write_text('{"messages": []}\n')
-    with pytest.raises(DataError, match="line 1: not written by regenerate"):
+def test_a_foreign_file_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "out.jsonl").write_text('{"messages": []}\n{"messages": []}')  # without a newline at the end
+    with pytest.raises(DataError, match="not written by regenerate"):
         run([conversation(0)], tmp_path / "out.jsonl")
+    assert (tmp_path / "out.jsonl").read_text() == '{"messages": []}\n{"messages": []}'
+
+
+def test_a_damaged_line_is_named(tmp_path: Path) -> None:
+    given = [conversation(i) for i in range(3)]
+    run(given, tmp_path / "out.jsonl")
+    lines = (tmp_path / "out.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "out.jsonl").write_bytes(lines[0] + b"\0" * 20 + b"\n" + lines[2])
+    with pytest.raises(DataError, match=r"out\.jsonl, line 2: not written by regenerate"):
+        run(given, tmp_path / "out.jsonl")
 
 
 def test_the_output_is_read_as_conversations(tmp_path: Path) -> None:
     run([conversation(i, num_turns=2) for i in range(3)], tmp_path / "out.jsonl")
     read = list(read_conversations(str(tmp_path / "out.jsonl")))
     assert [len(c.messages) for c in read] == [4, 4, 4]
+
+
+def test_a_disk_that_takes_no_more_is_an_error_that_names_the_file_and_the_next_run_goes_on(tmp_path: Path) -> None:
+    given = [conversation(i) for i in range(40)]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))  # a write past it fails as on a full disk
+    try:
+        with pytest.raises(DataError, match=r"cannot write .*out\.jsonl: File too large; run again"):
+            run(given, tmp_path / "out.jsonl")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    summary = run(given, tmp_path / "out.jsonl")
+    assert 0 < summary.num_reused < 40
+    assert [row["regenerated_from"] for row in rows(tmp_path / "out.jsonl")] == [c.sample_id for c in given]

@@ -7,10 +7,11 @@ import json
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, field
+from io import FileIO
+from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from paceline.data.completion import Answer, Complete, Prompt
 from paceline.data.conversations import Conversation, UnusableSampleError, check_roles
@@ -75,18 +76,15 @@ def regenerate(
         RunDirectoryError: `output` was made with something else, or another process writes it.
     """
     summary = RegenerationSummary(output, output.with_name(output.stem + ".failed.jsonl"))
-    with ExitStack() as stack:
+    with _open_for_appending(output) as answered, _open_for_appending(summary.failures) as failed:
+        _check_made_with(output, made_with)
+        _cut_torn_line(answered)
+        _cut_torn_line(failed)
+        remaining = _skip_done(iter(conversations), summary)
         try:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            answered, failed = (stack.enter_context(path.open("a+b")) for path in (output, summary.failures))
-            _lock(answered, output)
-            _check_made_with(output.with_name(output.stem + ".made_with.json"), made_with)
-            remaining = _skip_done(iter(conversations), answered, failed, summary)
             _answer_all(remaining, complete, _Writer(answered, failed, summary), batch_size, stop, on_progress)
         except StoppedError:
             summary.stopped = True
-        except OSError as error:
-            raise DataError(f"cannot write {error.filename or output}: {error.strerror}; run again to go on") from error
     return summary
 
 
@@ -107,6 +105,11 @@ class _Unfinished:
         self.prompt = self._next_prompt()
         if self.prompt is None and self.failure is None:
             self.failure = Answer("", failure="nothing to answer", detail="no user turn")
+
+    @property
+    def num_chars(self) -> int:
+        """Length of what is said so far, a measure of the prompt's."""
+        return sum(len(message["content"]) for message in self._said)
 
     def accept(self, answer: Answer) -> None:
         """Take the answer to `prompt`."""
@@ -147,27 +150,32 @@ class _Unfinished:
 class _Writer:
     """Appends finished conversations to the two files."""
 
-    def __init__(self, answered: BinaryIO, failed: BinaryIO, summary: RegenerationSummary) -> None:
+    def __init__(self, answered: FileIO, failed: FileIO, summary: RegenerationSummary) -> None:
         self._answered = answered
         self._failed = failed
         self.summary = summary
 
     def write(self, finished: list[_Unfinished]) -> None:
-        """Append in order. Failures reach the disk first: a resumed run counts on them for what is missing."""
+        """Append in order. Failures are written first: a resumed run counts on them for what is missing."""
         for one in finished:
             self.summary.num_read += 1
             if one.failure is not None:
-                reason, detail = one.failure.failure, one.failure.detail
-                self._failed.write(
-                    _encode({"sample_id": one.conversation.sample_id, "reason": reason, "detail": detail})
-                )
-                self.summary.failed[str(reason)] += 1
+                self.summary.failed[str(one.failure.failure)] += 1
             else:
                 self.summary.num_answered += 1
                 self.summary.num_truncated += one.truncated
-        self._failed.flush()
-        self._answered.write(b"".join(_encode(one.line()) for one in finished if one.failure is None))
-        self._answered.flush()
+        failures = [(one.conversation.sample_id, one.failure) for one in finished if one.failure is not None]
+        rows = [{"sample_id": id_, "reason": why.failure, "detail": why.detail} for id_, why in failures]
+        self._append(self._failed, self.summary.failures, rows)
+        self._append(self._answered, self.summary.output, [one.line() for one in finished if one.failure is None])
+
+    def _append(self, file: FileIO, path: Path, rows: list[dict[str, Any]]) -> None:
+        rest = memoryview(b"".join(map(_encode, rows)))
+        try:
+            while rest:
+                rest = rest[file.write(rest) :]  # a disk may take a part
+        except OSError as error:
+            raise DataError(f"cannot write {path}: {error.strerror}; run again to go on") from error
 
 
 def _answer_all(
@@ -179,20 +187,18 @@ def _answer_all(
     on_progress: Callable[[RegenerationSummary], None] | None,
 ) -> None:
     summary = writer.summary
-    window: deque[_Unfinished] = deque()  # in the order of the input; a slow one holds back at most 4 batches
+    window: deque[_Unfinished] = deque()  # in the order of the input
     while True:
-        active = [one for one in window if one.prompt is not None][:batch_size]
-        while len(active) < batch_size and len(window) < 4 * batch_size:
-            conversation = next(conversations, None)
-            if conversation is None:
-                break
+        for conversation in islice(conversations, 4 * batch_size - len(window)):
             window.append(_Unfinished(conversation))
-            if window[-1].prompt is not None:
-                active.append(window[-1])
         if stop is not None and stop.is_set():
             raise StoppedError("regeneration was asked to stop")
-        prompts = [one.prompt for one in active if one.prompt is not None]
-        if prompts:
+        active = [one for one in window if one.prompt is not None]
+        if active:
+            # Prompts like the first one's: little padding, and what holds back the output is always at work.
+            first = active[0].num_chars
+            active = sorted(active, key=lambda one: abs(one.num_chars - first))[:batch_size]
+            prompts = [one.prompt for one in active if one.prompt is not None]
             for one, answer in zip(active, complete(prompts), strict=True):
                 summary.num_tokens += answer.num_tokens
                 one.accept(answer)
@@ -209,12 +215,10 @@ def _answer_all(
 # ---------------------------------------------------------------- going on behind what is there
 
 
-def _skip_done(
-    conversations: Iterator[Conversation], answered: BinaryIO, failed: BinaryIO, summary: RegenerationSummary
-) -> Iterator[Conversation]:
+def _skip_done(conversations: Iterator[Conversation], summary: RegenerationSummary) -> Iterator[Conversation]:
     """What is left of `conversations`; both files are subsequences of the input, so one walk over the three will do."""
-    answered_lines = _lines(answered, summary.output, "regenerated_from")
-    failed_lines = _lines(failed, summary.failures, "reason")
+    answered_lines = _lines(summary.output, "regenerated_from")
+    failed_lines = _lines(summary.failures, "reason")
     next_answered, next_failed = next(answered_lines, None), next(failed_lines, None)
     while next_answered is not None:
         conversation = next(conversations, None)
@@ -255,21 +259,41 @@ def _without_failed(
             yield conversation
 
 
-def _lines(file: BinaryIO, path: Path, key: str) -> Iterator[dict[str, Any]]:
-    """Rows of a file of ours, after cutting off a line that a killed process left unfinished."""
-    _cut_torn_line(file)
-    file.seek(0)
-    for number, line in enumerate(file, start=1):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict) or key not in row:
-            raise DataError(f"{path}, line {number}: not written by regenerate; move the file away")
-        yield row
+def _lines(path: Path, key: str) -> Iterator[dict[str, Any]]:
+    """Rows of a file of ours."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            if not isinstance(row, dict) or key not in row:
+                raise DataError(f"{path}, line {number}: not written by regenerate; move the file away")
+            yield row
 
 
-def _cut_torn_line(file: BinaryIO, chunk_bytes: int = 1 << 16) -> None:
+def _open_for_appending(path: Path) -> FileIO:
+    """`path` for this process alone, without a buffer.
+
+    Raises:
+        DataError: it cannot be opened.
+        RunDirectoryError: another process has it open.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+b", buffering=0)
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror}") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise RunDirectoryError(f"{path} is being written by another process") from error
+    return file
+
+
+def _cut_torn_line(file: FileIO, chunk_bytes: int = 1 << 16) -> None:
+    """A killed process may have left the last line unfinished."""
     end = file.seek(0, 2)
     start = end
     while start > 0:
@@ -284,14 +308,8 @@ def _cut_torn_line(file: BinaryIO, chunk_bytes: int = 1 << 16) -> None:
         file.truncate(start)
 
 
-def _lock(file: BinaryIO, path: Path) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise RunDirectoryError(f"{path} is being written by another process") from error
-
-
-def _check_made_with(path: Path, made_with: Mapping[str, Any]) -> None:
+def _check_made_with(output: Path, made_with: Mapping[str, Any]) -> None:
+    path = output.with_name(output.stem + ".made_with.json")
     wanted = json.loads(json.dumps(dict(made_with)))
     if path.exists():
         try:
@@ -306,6 +324,8 @@ def _check_made_with(path: Path, made_with: Mapping[str, Any]) -> None:
                 "set regeneration.output to another file, or remove them"
             )
         return
+    if output.stat().st_size > 0:
+        raise DataError(f"{output} was not written by regenerate ({path.name} is missing beside it); move it away")
     unfinished = path.with_name(path.name + ".tmp")
     unfinished.write_text(json.dumps(wanted, indent=1), encoding="utf-8")
     unfinished.replace(path)
