@@ -16,7 +16,7 @@ from paceline.drafts.dflash.model import DFlashDraft
 from paceline.drafts.dflash.settings import derive_settings
 from paceline.drafts.head_loss import Head, hard_cross_entropy
 from paceline.drafts.interface import DraftAlgorithm, DraftContext, DraftDecoder, LossTerms
-from paceline.drafts.layers import init_weights
+from paceline.drafts.layers import Rotary, init_weights
 from paceline.drafts.published import check_names, read_published
 from paceline.drafts.upload import upload
 from paceline.errors import ConfigError
@@ -41,10 +41,11 @@ class DFlash(DraftAlgorithm):
         info, weights = context.info, context.weights
         self.settings = derive_settings(self.config, info)
         self.num_drafted = self.config.block_size - 1
-        draft = DFlashDraft(
-            self.settings.sizes, info.rope, info.max_position_embeddings, context.device, context.compile
-        )
-        self.draft = draft.to(context.device, context.dtype)
+        sizes = self.settings.sizes
+        rotary = Rotary(info.rope, sizes.head_dim, info.max_position_embeddings, context.device)
+        with torch.device("meta"):  # every weight is drawn below: torch's own initialisation would be in vain
+            draft = DFlashDraft(sizes, rotary, context.compile)
+        self.draft = draft.to(context.dtype).to_empty(device=context.device)
         init_weights(self.draft, context.seed)
         head = Head(weights.lm_head(), weights.lm_head_bias(), info.logit_transform)
         self._blocks = BlockProposer(

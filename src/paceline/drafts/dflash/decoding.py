@@ -26,10 +26,10 @@ class BlockProposer:
     """Slots whose logits exist at one time."""
 
     def block_inputs(self, tokens: Tensor) -> Tensor:
-        """[A * B, H]: the embedding of each block's first token, then B - 1 times the mask token's."""
+        """[A, B, H]: the embedding of each block's first token, then B - 1 times the mask token's."""
         ids = tokens.new_full((len(tokens), self.draft.sizes.block_size), self.mask_token_id)
         ids[:, 0] = tokens
-        return functional.embedding(ids.flatten(), self.embedding)
+        return functional.embedding(ids, self.embedding)
 
     def propose(self, tokens: Tensor, first: Tensor, anchors: Tensor, context: list[KeysValues]) -> Tensor:
         """int64[A, B-1]: the argmax token of slots 1..B-1 of the block at each anchor.
@@ -45,7 +45,7 @@ class BlockProposer:
             part = slice(start, start + at_a_time)
             x = self.block_inputs(tokens[part])
             geometry = self.draft.place_blocks(first[part], anchors[part], len(context[0][0]), x.dtype)
-            slots = torch.arange(len(x), device=x.device).view(-1, size)[:, 1:].flatten()
+            slots = torch.arange(len(x) * size, device=x.device).view(-1, size)[:, 1:].flatten()
             states = self.draft(x, context, geometry, slots)
             proposed[part] = self.head.logits(states).argmax(-1).view(-1, size - 1)
         return proposed

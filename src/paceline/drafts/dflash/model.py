@@ -14,7 +14,6 @@ from torch.utils.checkpoint import checkpoint
 
 from paceline.drafts.attention import Visibility, attend_context, build_visibility, merge_own
 from paceline.drafts.layers import RMSNorm, Rotary, SwiGLU, rotate
-from paceline.schema.target_info import RopeInfo
 
 CosSin = tuple[Tensor, Tensor]
 KeysValues = tuple[Tensor, Tensor]
@@ -41,9 +40,11 @@ class BlockGeometry:
     """Where a set of blocks lies: positions, and the context keys their slots see in each kind of layer."""
 
     cos_sin: CosSin
-    """Of the slots' positions in their documents, [A * B, 1, head_dim]."""
+    """Of the slots' positions in their documents, [A, B, 1, head_dim]."""
     visible: dict[int | None, Visibility]
     """By window (None: full attention)."""
+    own_bias: dict[int | None, Tensor]
+    """By window: fp32[B, B], 0, or -inf where slot i does not see slot j of its block."""
 
 
 class BlockAttention(nn.Module):
@@ -58,45 +59,39 @@ class BlockAttention(nn.Module):
         self.o_proj = nn.Linear(heads * head_dim, hidden, bias=False)
         self.q_norm = RMSNorm(head_dim, sizes.norm_eps)
         self.k_norm = RMSNorm(head_dim, sizes.norm_eps)
-        self.block_size, self.head_dim, self.window = sizes.block_size, head_dim, window
+        self.head_dim, self.window = head_dim, window
 
     def queries(self, states: Tensor, cos_sin: CosSin) -> Tensor:
-        """[n, heads, head_dim] of [n, H]."""
+        """[..., heads, head_dim] of [..., H]."""
         return rotate(self.q_norm(self.q_proj(states).unflatten(-1, (-1, self.head_dim))), cos_sin)
 
     def keys_values(self, states: Tensor, cos_sin: CosSin) -> KeysValues:
-        """k and v, each [n, kv_heads, head_dim], of [n, H]."""
+        """k and v, each [..., kv_heads, head_dim], of [..., H]."""
         k = rotate(self.k_norm(self.k_proj(states).unflatten(-1, (-1, self.head_dim))), cos_sin)
         return k, self.v_proj(states).unflatten(-1, (-1, self.head_dim))
 
-    def merge_block(self, q: Tensor, own: KeysValues, context: tuple[Tensor, Tensor]) -> Tensor:
-        """[n, heads * head_dim]: attention to the context joined with attention inside each block."""
-        size, head_dim = self.block_size, self.head_dim
-        kv_heads = own[0].shape[1]
+    def merge_block(self, q: Tensor, own: KeysValues, own_bias: Tensor, context: tuple[Tensor, Tensor]) -> Tensor:
+        """[A, B, heads * head_dim]: attention to the context joined with attention inside each block.
+
+        Args:
+            q: [A, B, heads, head_dim]. own: k and v, [A, B, kv_heads, head_dim].
+            own_bias: fp32[B, B], -inf where a slot does not see another of its block.
+            context: out [A, B, heads, head_dim] and lse [A, B, heads] of attention to the context.
+        """
+        num_blocks, size, heads, head_dim = q.shape
+        kv_heads = own[0].shape[2]
         # One small product a block and key head, in fp32: its scores meet the context's fp32 logsumexp.
-        q_blocks = q.view(-1, size, kv_heads, q.shape[1] // kv_heads, head_dim).permute(0, 2, 3, 1, 4).float()
-        k_blocks = own[0].view(-1, size, kv_heads, head_dim).permute(0, 2, 3, 1).float()
-        v_blocks = own[1].view(-1, size, kv_heads, head_dim).permute(0, 2, 1, 3).float()
-        scores = q_blocks.flatten(2, 3) @ k_blocks / math.sqrt(head_dim)
-        scores = scores.unflatten(2, (-1, size)).permute(0, 3, 1, 2, 4).flatten(0, 1).flatten(1, 2)
-        if self.window is not None:
-            unseen = self._unseen(q.device)
-            scores = scores.view(-1, size, q.shape[1], size).masked_fill(unseen, -math.inf).flatten(0, 1)
+        queries = q.view(num_blocks, size, kv_heads, -1, head_dim).permute(0, 2, 3, 1, 4).float()
+        k, v = (keys.transpose(1, 2).float() for keys in own)
+        products = queries.flatten(2, 3) @ k.transpose(2, 3) / math.sqrt(head_dim)
+        scores = (products.view(num_blocks, heads, size, size) + own_bias).transpose(1, 2)
 
         def weigh(weights: Tensor) -> Tensor:
-            grouped = weights.view(-1, size, kv_heads, q.shape[1] // kv_heads, size).permute(0, 2, 3, 1, 4)
-            summed: Tensor = (grouped.flatten(2, 3) @ v_blocks).unflatten(2, (-1, size))
-            return summed.permute(0, 3, 1, 2, 4).flatten(0, 1).flatten(1, 2)
+            grouped = weights.transpose(1, 2).reshape(num_blocks, kv_heads, -1, size)
+            return (grouped @ v).view(num_blocks, heads, size, head_dim).transpose(1, 2)
 
-        merged: Tensor = merge_own(context, scores, weigh).flatten(1)
+        merged: Tensor = merge_own(context, scores, weigh).flatten(2)
         return merged
-
-    def _unseen(self, device: torch.device) -> Tensor:
-        """bool[B, 1, B]: own keys that a slot of a sliding layer does not see (served causal, in its window)."""
-        assert self.window is not None
-        slot = torch.arange(self.block_size, device=device)
-        distance = slot[:, None] - slot[None, :]
-        return ((distance < 0) | (distance >= self.window))[:, None]
 
 
 class DFlashLayer(nn.Module):
@@ -127,16 +122,18 @@ def _project(layer: DFlashLayer, x: Tensor, cos_sin: CosSin) -> tuple[Tensor, Te
     return layer.self_attn.queries(h, cos_sin), *layer.self_attn.keys_values(h, cos_sin)
 
 
-def _finish(layer: DFlashLayer, x: Tensor, q: Tensor, own: KeysValues, context: tuple[Tensor, Tensor]) -> Tensor:
+def _finish(
+    layer: DFlashLayer, x: Tensor, q: Tensor, own: KeysValues, own_bias: Tensor, context: tuple[Tensor, Tensor]
+) -> Tensor:
     """The layer's output from its attention to the context."""
-    x = x + layer.self_attn.o_proj(layer.self_attn.merge_block(q, own, context))
+    x = x + layer.self_attn.o_proj(layer.self_attn.merge_block(q, own, own_bias, context))
     out: Tensor = x + layer.mlp(layer.post_attention_layernorm(x))
     return out
 
 
 def _norm_slots(draft: DFlashDraft, x: Tensor, slots: Tensor) -> Tensor:
-    """Final states of chosen slots."""
-    states: Tensor = draft.norm(x.index_select(0, slots))
+    """[N, H]: final states of chosen slots, block * B + slot each."""
+    states: Tensor = draft.norm(x.flatten(0, 1).index_select(0, slots))
     return states
 
 
@@ -146,16 +143,14 @@ class DFlashDraft(nn.Module):
     Compiled are the pieces around attention to the context, which chooses its own kernel.
     """
 
-    def __init__(
-        self, sizes: Sizes, rope: RopeInfo, max_positions: int, device: torch.device, compile_pieces: bool = False
-    ) -> None:
+    def __init__(self, sizes: Sizes, rotary: Rotary, compile_pieces: bool = False) -> None:
         super().__init__()
         self.fc = nn.Linear(sizes.num_captured * sizes.hidden_size, sizes.hidden_size, bias=False)
         self.hidden_norm = RMSNorm(sizes.hidden_size, sizes.norm_eps)
         self.layers = nn.ModuleList([DFlashLayer(sizes, window) for window in sizes.windows])
         self.norm = RMSNorm(sizes.hidden_size, sizes.norm_eps)
         self.sizes = sizes
-        self._rotary = Rotary(rope, sizes.head_dim, max_positions, device)
+        self._rotary = rotary
         self._compile_pieces = compile_pieces
 
     def read_context(self, captured: Tensor, positions: Tensor) -> list[KeysValues]:
@@ -179,13 +174,15 @@ class DFlashDraft(nn.Module):
         slots = torch.arange(size, device=anchors.device)
         positions = ((anchors - first)[:, None] + slots).flatten()
         starts, ends = first.repeat_interleave(size), anchors.repeat_interleave(size)
-        visible = {}
+        visible, own_bias = {}, {}
         for window in set(self.sizes.windows):
             begin = starts
             if window is not None:
                 begin = torch.maximum(starts, starts + positions - window + 1)
             visible[window] = build_visibility(begin, ends, num_keys)
-        return BlockGeometry(self._rotary(positions, dtype), visible)
+            own_bias[window] = _own_bias(size, window, anchors.device)
+        cos, sin = self._rotary(positions, dtype)
+        return BlockGeometry((cos.unflatten(0, (-1, size)), sin.unflatten(0, (-1, size))), visible, own_bias)
 
     def forward(
         self,
@@ -195,7 +192,7 @@ class DFlashDraft(nn.Module):
         slots: Tensor,
         checkpoint_layers: bool = False,
     ) -> Tensor:
-        """[N, H]: what the head reads, for the chosen `slots` int64[N] of block inputs [A * B, H]."""
+        """[N, H]: what the head reads, for the chosen `slots` int64[N] (block * B + slot) of block inputs [A, B, H]."""
         for layer, keys_values in zip(self._decoder_layers(), context, strict=True):
             if checkpoint_layers and torch.is_grad_enabled():
                 x = checkpoint(
@@ -208,18 +205,35 @@ class DFlashDraft(nn.Module):
 
     def _run_layer(self, layer: DFlashLayer, x: Tensor, keys_values: KeysValues, geometry: BlockGeometry) -> Tensor:
         q, k, v = self._piece(_project)(layer, x, geometry.cos_sin)
-        attended = attend_context(q, *keys_values, geometry.visible[layer.self_attn.window])
-        out: Tensor = self._piece(_finish)(layer, x, q, (k, v), attended)
+        # Compiled code gets [A, B, ...]: from [A * B, ...] it would have to reason about A * B // B everywhere.
+        window = layer.self_attn.window
+        attended, lse = attend_context(q.flatten(0, 1), *keys_values, geometry.visible[window])
+        context = attended.unflatten(0, q.shape[:2]), lse.unflatten(0, q.shape[:2])
+        out: Tensor = self._piece(_finish)(layer, x, q, (k, v), geometry.own_bias[window], context)
         return out
 
     def _piece(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        return _compiled(function) if self._compile_pieces else function
+        # Evaluation and decoding run blocks of many shapes without gradients: not worth compiling for.
+        return _compiled(function) if self._compile_pieces and torch.is_grad_enabled() else function
 
     def _decoder_layers(self) -> list[DFlashLayer]:
         return [layer for layer in self.layers if isinstance(layer, DFlashLayer)]
 
 
+def _own_bias(size: int, window: int | None, device: torch.device) -> Tensor:
+    """fp32[B, B]: all of the block is seen, in a sliding layer only what is at or before a slot, in its window."""
+    if window is None:
+        return torch.zeros(size, size, device=device)
+    slot = torch.arange(size, device=device)
+    distance = slot[:, None] - slot[None, :]
+    return torch.zeros(size, size, device=device).masked_fill((distance < 0) | (distance >= window), -math.inf)
+
+
 @functools.cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """One compiled function for all layers: their weights are its inputs."""
-    return torch.compile(function, dynamic=True)
+    """One compiled function for all layers: their weights are its inputs.
+
+    Only sizes seen to change (blocks in a row, tokens) become symbols. With dynamic=True block size and heads would be
+    symbols, too, and the many reshapes of `merge_block` then take minutes to compile.
+    """
+    return torch.compile(function)
