@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -48,8 +49,18 @@ def main() -> None:
         print(*getattr(error, "__notes__", ()), f"error: {error}", sep="\n", file=sys.stderr)  # noqa: T201
         sys.exit(1)
     except SystemExit as done:
-        # A verb that was interrupted and ended in order still says so.
-        sys.exit(done.code or signals.exit_code)
+        if signals.signum is None:
+            raise
+        # A verb that was interrupted and ended in order still says so. The interpreter's own end is skipped: a thread
+        # or destructor of a library can block it, and by then the thread that keeps the deadline no longer runs.
+        _flush_outputs()
+        os._exit(int(done.code or signals.exit_code))
+
+
+def _flush_outputs() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # a closed pipe
+            stream.flush()
 
 
 @app.callback(invoke_without_command=True)

@@ -25,7 +25,7 @@ from paceline.evaluation.evaluate import (
 )
 from paceline.evaluation.losslessness import Prompt
 from paceline.launch.prepare import load_run_tokenizer, prepare_data
-from paceline.launch.trained import Which, build_draft, check_same_target, load_trained
+from paceline.launch.trained import Which, build_draft, check_same_target, choose_drafts, load_trained
 from paceline.schema.target_info import TargetInfo
 from paceline.target.hf.engine import HFEngine
 from paceline.target.hf.stepping import SteppingTarget
@@ -59,7 +59,7 @@ def evaluate_run(
         LosslessnessError: a draft changed the target's greedy output.
         RunDirectoryError: the run was trained against another target.
     """
-    run = RunDir(Path(config.run_dir))
+    run, names = RunDir(Path(config.run_dir)), choose_drafts(config, names)
     target_config = config.target
     if config.evaluation.dtype != "auto":
         target_config = target_config.model_copy(update={"dtype": config.evaluation.dtype})
@@ -74,7 +74,7 @@ def evaluate_run(
         limit = config.evaluation.max_new_tokens
         references = decode_references(target, prompts, limit)
         evaluation = _describe(references, engine.tokenizer, num_samples)
-        for name in names or list(config.drafts):
+        for name in names:
             algorithm = build_draft(config, name, info, weights, prepared, target.device, target.dtype)
             algorithm.draft.eval()
             figures: dict[str, Any] = {}

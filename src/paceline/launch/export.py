@@ -11,7 +11,7 @@ from paceline.config.run_dir import RunDir
 from paceline.data.prepared import PreparedData
 from paceline.export.exporting import export_draft
 from paceline.launch.prepare import prepare_data
-from paceline.launch.trained import Which, build_draft, load_trained, recall_target
+from paceline.launch.trained import Which, build_draft, choose_drafts, load_trained, recall_target
 from paceline.schema.target_info import TargetInfo
 from paceline.target.hf.weights import CheckpointWeights
 
@@ -22,10 +22,10 @@ def export_run(config: RunConfig, names: list[str], which: Which = "best") -> di
     Raises:
         ExportError: what was written, read back, is not what was trained.
     """
-    run = RunDir(Path(config.run_dir))
+    run, names = RunDir(Path(config.run_dir)), choose_drafts(config, names)
     prepared = prepare_data(config, run)
     info = recall_target(run)
-    return {name: export_one(config, name, info, prepared, which) for name in names or list(config.drafts)}
+    return {name: export_one(config, name, info, prepared, which) for name in names}
 
 
 def export_one(config: RunConfig, name: str, info: TargetInfo, prepared: PreparedData, which: Which) -> Path:

@@ -110,14 +110,14 @@ def open_run(config: RunConfig) -> Run:
         _write(paths.resolved_config, dump_config(config))
     except OSError as error:
         raise RunDirectoryError(f"cannot use run directory {paths.root}: {error.strerror or error}") from error
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise RunDirectoryError(f"{paths.versions} is damaged ({error}): choose another run_dir") from error
     return Run(paths, run_id)
 
 
 def check_same_run(paths: RunDir, config: RunConfig) -> None:
     """Raise RunDirectoryError if what is trained would differ from what the directory holds."""
-    before = _flat(tomllib.loads(paths.resolved_config.read_text(encoding="utf-8")))
+    before = _flat(load_resolved(paths))
     now = _flat(tomllib.loads(dump_config(config)))
     differing = [
         f"  {key}: was {before.get(key, 'not set')!r}, is {now.get(key, 'not set')!r}"
@@ -130,6 +130,19 @@ def check_same_run(paths: RunDir, config: RunConfig) -> None:
             + "\n".join(differing)
             + "\nchoose another run_dir, or set these back"
         )
+
+
+def load_resolved(paths: RunDir) -> dict[str, Any]:
+    """The configuration a run directory was made with, as plain tables.
+
+    Raises:
+        OSError: it cannot be read.
+        RunDirectoryError: it is damaged.
+    """
+    try:
+        return tomllib.loads(paths.resolved_config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunDirectoryError(f"{paths.resolved_config} is damaged ({error}): choose another run_dir") from error
 
 
 def _may_change(key: str) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import tomllib
 import typing
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,6 +18,7 @@ from paceline.drafts.interface import DraftAlgorithm, DraftContext, TargetWeight
 from paceline.drafts.registry import load_algorithm
 from paceline.drafts.vocabulary import build_vocabulary
 from paceline.errors import ConfigError, RunDirectoryError
+from paceline.launch.run import load_resolved
 from paceline.schema.target_info import TargetInfo
 from paceline.training.checkpoint import best_checkpoint, latest_checkpoint, load_draft_weights
 
@@ -31,11 +31,12 @@ def load_run_config(directory: str | Path, overrides: Iterable[str] = ()) -> Run
     """The resolved configuration of a run directory, with `overrides`; `run_dir` is where it lies now.
 
     Raises:
-        RunDirectoryError: there is no run in `directory`.
+        RunDirectoryError: there is no run in `directory`, or its configuration is damaged.
     """
-    path = RunDir(Path(directory)).resolved_config
+    paths = RunDir(Path(directory))
+    path = paths.resolved_config
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = load_resolved(paths)
     except OSError as error:
         raise RunDirectoryError(f"{directory} is no run directory (cannot read {path}: {error.strerror})") from error
     table["run_dir"] = str(directory)
@@ -103,6 +104,18 @@ def build_draft(
     num_weights = sum(parameter.numel() for parameter in algorithm.draft.parameters())
     logger.info("draft %s: %s, %s weights, vocabulary %d", name, draft.algorithm, f"{num_weights:,}", vocabulary.size)
     return algorithm
+
+
+def choose_drafts(config: RunConfig, names: list[str]) -> list[str]:
+    """`names`, or all drafts of the run when there are none.
+
+    Raises:
+        ConfigError: the run has no draft of such a name.
+    """
+    for name in names:
+        if name not in config.drafts:
+            raise ConfigError(f"{config.run_dir} has no draft {name!r}; it has {', '.join(config.drafts)}")
+    return names or list(config.drafts)
 
 
 def check_which(name: str) -> Which:
