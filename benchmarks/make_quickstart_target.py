@@ -118,12 +118,11 @@ def parse_options() -> argparse.Namespace:
     default = Path(__file__).resolve().parents[1] / "src" / "paceline" / "quickstart_target"
     parser.add_argument("--output", type=Path, default=default, help="directory of the checkpoint (%(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--steps", type=int, default=2400, help="optimizer steps (%(default)s)")
+    parser.add_argument("--steps", type=int, default=1000, help="optimizer steps (%(default)s)")
     parser.add_argument("--minutes", type=float, default=6.0, help="the schedule is cut to fit (%(default)s)")
-    parser.add_argument("--rows-per-step", type=int, default=64, help="rows in an optimizer step (%(default)s)")
+    parser.add_argument("--rows-per-step", type=int, default=128, help="rows in an optimizer step (%(default)s)")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (%(default)s)")
     parser.add_argument("--weight-decay", type=float, default=0.1, help="of matrices (%(default)s)")
-    parser.add_argument("--dropout", type=float, default=0.1, help="while training only (%(default)s)")
     parser.add_argument("--num-prompts", type=int, default=64, help="held-out prompts answered at the end")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--small", action="store_true", help="a much smaller model and less text, to test this script")
@@ -248,29 +247,27 @@ def train(
     model: Qwen3ForCausalLM, code: Rows, talk: Rows, checked: Rows, options: argparse.Namespace
 ) -> Qwen3ForCausalLM:
     """The moving average of the weights that did best on `checked`."""
-    device = code.tokens.device
     optimizer = build_optimizer(model, options)
-    average: Qwen3ForCausalLM = copy.deepcopy(model).requires_grad_(requires_grad=False)
-    average.eval()
-    drop_in_training(model, options.dropout)
+    average = copy.deepcopy(model).requires_grad_(requires_grad=False)
     best, best_loss = copy.deepcopy(average.state_dict()), math.inf
     generator = torch.Generator().manual_seed(options.seed)
     code_ids, talk_ids = endless_ids(len(code.tokens), generator), endless_ids(len(talk.tokens), generator)
     progress, next_check, step, began = 0.0, 0.04, 0, time.monotonic()
     while progress < 1.0:
         for group in optimizer.param_groups:
-            group["lr"] = options.lr * learning_rate(progress)
-        num_talk = round(options.rows_per_step * talk_share(progress))
-        chosen = [take(code, code_ids, options.rows_per_step - num_talk), take(talk, talk_ids, num_talk)]
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = loss_of(model, join(chosen))
+            group["lr"] = options.lr * schedule(progress)
+        # First the language of sources, later almost only conversations.
+        num_talk = round(options.rows_per_step * (0.35 + 0.6 * min(1.0, progress / 0.6)))
+        code_loss = train_loss(model, code, code_ids, options.rows_per_step - num_talk)
+        talk_loss = train_loss(model, talk, talk_ids, num_talk)
+        loss = code_loss + (talk_loss - code_loss) * (num_talk / options.rows_per_step)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         step += 1
         with torch.no_grad():
-            kept = min(0.99, step / (step + 10))
+            kept = min(0.998, step / (step + 10))
             for mean, new in zip(average.parameters(), model.parameters(), strict=True):
                 mean.lerp_(new, 1 - kept)
         elapsed = time.monotonic() - began
@@ -283,27 +280,13 @@ def train(
                 best, best_loss = copy.deepcopy(average.state_dict()), checked_loss
             speed = step * options.rows_per_step * code.tokens.shape[1] / elapsed
             print(
-                f"{progress:4.0%}  step {step:5d}  loss {loss.item():.3f}  answers about unseen modules "
-                f"{checked_loss:.3f}{star}  {speed:9,.0f} tokens/s  {elapsed:4.0f} s",
+                f"{progress:4.0%}  step {step:5d}  loss: code {code_loss.item():.3f}  answers {talk_loss.item():.3f}  "
+                f"answers about unseen modules {checked_loss:.3f}{star}  {speed:9,.0f} tokens/s  {elapsed:4.0f} s",
                 flush=True,
             )
     print(f"final loss {loss.item():.4f}; best on answers about unseen modules {best_loss:.4f}")
     average.load_state_dict(best)
     return average
-
-
-def drop_in_training(model: Qwen3ForCausalLM, share: float) -> None:
-    """Drop `share` of what each attention and MLP adds: Qwen3 has no dropout, and the text is read many times."""
-
-    def drop(module: torch.nn.Module, _inputs: Any, output: Any) -> Any:
-        if isinstance(output, tuple):
-            return (functional.dropout(output[0], share, module.training), *output[1:])
-        return functional.dropout(output, share, module.training)
-
-    model.train()
-    for layer in model.model.layers:
-        layer.self_attn.register_forward_hook(drop)
-        layer.mlp.register_forward_hook(drop)
 
 
 def build_optimizer(model: Qwen3ForCausalLM, options: argparse.Namespace) -> torch.optim.Optimizer:
@@ -313,27 +296,19 @@ def build_optimizer(model: Qwen3ForCausalLM, options: argparse.Namespace) -> tor
     return torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.95), fused=True)
 
 
-def take(rows: Rows, ids: Iterator[int], count: int) -> Rows:
-    """The next `count` rows."""
-    return rows.batch(torch.tensor([next(ids) for _ in range(count)], dtype=torch.int64).to(rows.tokens.device))
+def train_loss(model: Qwen3ForCausalLM, rows: Rows, ids: Iterator[int], count: int) -> torch.Tensor:
+    """Mean loss of the next `count` rows; 0 for none."""
+    device = rows.tokens.device
+    if count == 0:
+        return torch.zeros((), device=device)
+    chosen = torch.tensor([next(ids) for _ in range(count)]).to(device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        return loss_of(model, rows.batch(chosen))
 
 
-def join(parts: list[Rows]) -> Rows:
-    """Rows of several kinds in one batch."""
-    return Rows(*(torch.cat([getattr(part, field.name) for part in parts]) for field in dataclasses.fields(Rows)))
-
-
-def learning_rate(progress: float) -> float:
-    """Share of the peak: up over 2 %, then a cosine down to 2 %."""
+def schedule(progress: float) -> float:
+    """Share of the peak learning rate: up over 2 %, then a cosine down to 2 %."""
     return min(1.0, (progress + 0.001) / 0.02) * (0.51 + 0.49 * math.cos(math.pi * progress))
-
-
-def talk_share(progress: float) -> float:
-    """Share of rows with conversations: first the language of sources, at the end mostly answers.
-
-    Documentation comes back in several forms of question, so it is learned by heart long before the sources are.
-    """
-    return 0.2 + 0.7 * max(0.0, progress - 0.3) / 0.7
 
 
 def endless_ids(count: int, generator: torch.Generator) -> Iterator[int]:

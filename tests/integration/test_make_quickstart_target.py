@@ -1,7 +1,6 @@
 """The script that makes the quickstart's target, shortened."""
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +16,6 @@ def test_a_shortened_run_writes_a_target_that_loads_and_has_learned_something(tm
     command = [sys.executable, str(SCRIPT), "--small", "--steps", "25", "--device", "cpu", "--rows-per-step", "8"]
     command += ["--num-prompts", "4", "--output", str(output)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-    losses = [float(text) for text in re.findall(r"unseen modules ([\d.]+)\*", done.stdout)]
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout[done.stdout.rindex("\n{") :])
     assert result["prompts"] == 4
@@ -35,6 +33,6 @@ def test_a_shortened_run_writes_a_target_that_loads_and_has_learned_something(tm
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert [tokenizer.decode([i]) for i in model.generation_config.eos_token_id] == ["<|im_end|>", "<|endoftext|>"]
-    assert losses[-1] < losses[0] - 0.4
-    weights = torch.cat([parameter.flatten() for parameter in model.parameters()])
-    assert weights.isfinite().all()
+    with torch.no_grad():
+        first = float(model(torch.tensor([ids])).logits[0, -1].softmax(-1)[tokenizer.encode("```")[0]])
+    assert first > 3 / model.config.vocab_size  # many answers begin so

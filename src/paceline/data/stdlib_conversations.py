@@ -41,7 +41,7 @@ _PUBLIC_NAMES = {
 }
 """Modules that implement another one, and which: they must be in its group."""
 _SHARES: tuple[tuple[Group, int], ...] = (("target", 64), ("draft", 84), ("held_out", 100))
-_MAX_DOCUMENTATION_CHARS = 320
+_MAX_ANSWER_CHARS = 260
 _MAX_SOURCE_BYTES = 400_000
 _MAX_NAMES = 6
 
@@ -194,7 +194,7 @@ def _without_annotations(arguments: ast.arguments) -> ast.arguments:
     )
 
 
-def _first_lines(node: Function, max_lines: int = 8) -> str:
+def _first_lines(node: Function, max_lines: int = 5) -> str:
     body = node.body[1:] if ast.get_docstring(node) is not None else node.body
     lines = [f"def {node.name}({ast.unparse(_without_annotations(node.args))}):"]
     for statement in body:
@@ -207,27 +207,20 @@ def _first_lines(node: Function, max_lines: int = 8) -> str:
 
 
 def clean_docstring(docstring: str | None) -> str:
-    """The first whole sentences of a docstring as one line of at most 320 characters, or "" if there are none."""
-    found: list[str] = []
+    """The first whole sentences of a docstring as one line of at most 260 characters, or "" if there are none."""
     for paragraph in re.split(r"\n\s*\n", docstring or ""):
         text = re.sub(r":\w+:`~?([^`]*)`", r"\1", paragraph)  # :class:`X` -> X
         text = re.sub(r"``?([^`']+)(?:``?|'')", r"\1", text)
         text = re.sub(r"\s+", " ", text).strip()
-        if text.isascii() and _reads_like_prose(text):
-            found.append(text if text[-1] in ".!?" else text.rstrip(" :;,") + ".")
-        elif found:
-            break
-    return _whole_sentences(" ".join(found)) if found else ""
+        if len(text) < 16 or not text.isascii() or not _reads_like_prose(text):
+            continue
+        return _whole_sentences(text)
+    return ""
 
 
 def _reads_like_prose(text: str) -> bool:
     """Not a signature, a doctest, a table or a list of names."""
-    if (
-        len(text) < 16
-        or re.match(r"[\w.]+\(.*\)|>>>|[-*=+|#$@:<]|\w+ ?[:=]", text)
-        or "->" in text
-        or "--" in text[:40]
-    ):
+    if re.match(r"[\w.]+\(.*\)|>>>|[-*=+|#$@:<]|\w+ ?[:=]", text) or "->" in text or "--" in text[:40]:
         return False
     words = re.findall(r"[A-Za-z]+", text)
     return len(words) >= 4 and sum(map(len, words)) >= 0.7 * len(text.replace(" ", ""))
@@ -237,14 +230,15 @@ def _whole_sentences(text: str) -> str:
     sentences = re.split(r"(?<=[.!?]) (?=[A-Z])", text)
     answer = sentences[0]
     for sentence in sentences[1:]:
-        if len(answer) + 1 + len(sentence) > _MAX_DOCUMENTATION_CHARS:
+        if len(answer) + 1 + len(sentence) > _MAX_ANSWER_CHARS:
             break
         answer += " " + sentence
-    if len(answer) > _MAX_DOCUMENTATION_CHARS:
-        answer = answer[:_MAX_DOCUMENTATION_CHARS].rsplit(", ", 1)[0].rsplit(" (", 1)[0]
-        if len(answer) > _MAX_DOCUMENTATION_CHARS - 3:
+    if len(answer) > _MAX_ANSWER_CHARS:
+        answer = answer[:_MAX_ANSWER_CHARS].rsplit(", ", 1)[0].rsplit(" (", 1)[0]
+        if len(answer) > _MAX_ANSWER_CHARS - 3:
             answer = answer.rsplit(" ", 1)[0]
-    return answer if answer[-1] in ".!?" else answer.rstrip(" :;,") + "."
+    answer = answer.rstrip(" :;,")
+    return answer if answer[-1] in ".!?" else answer + "."
 
 
 def _is_public(name: str) -> bool:
@@ -274,7 +268,7 @@ def _explain_with_name(definition: Definition) -> tuple[str, str] | None:
     where = where or f"of the module {definition.module}"
     what = "" if definition.kind == "module" else f" is a {definition.kind} {where}"
     opening = f"{definition.full_name}{what or ' is a module of the standard library'}."
-    return question, f"{opening} {definition.documentation} {_takes('It', definition)}".rstrip()
+    return question, f"{opening} {definition.documentation}"
 
 
 def _show_signature(definition: Definition) -> tuple[str, str] | None:
@@ -288,17 +282,11 @@ def _name_parameters(definition: Definition) -> tuple[str, str] | None:
     if not definition.signature or not definition.documentation:
         return None
     question = f"Which arguments does this function take?\n\n```python\n{definition.signature}\n```"
-    function = f"The function {definition.signature.partition('(')[0]}"
-    return question, f"{_takes(function, definition)} {definition.documentation}"
-
-
-def _takes(who: str, definition: Definition) -> str:
-    if not definition.signature:
-        return ""
+    if not definition.parameters:
+        return question, f"The function {definition.signature.partition('(')[0]} takes no arguments."
     some = definition.parameters[:_MAX_NAMES]
-    if not some:
-        return f"{who} takes no arguments."
-    return f"{who} takes the {'argument' if len(some) == 1 else 'arguments'} {_listed(some)}."
+    noun = "argument" if len(some) == 1 else "arguments"
+    return question, f"The function {definition.signature.partition('(')[0]} takes the {noun} {_listed(some)}."
 
 
 def _document_this(definition: Definition) -> tuple[str, str] | None:
