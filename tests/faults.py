@@ -52,8 +52,8 @@ def exhaust_memory() -> None:
 
 
 def fill_disk() -> None:
-    """No file grows beyond 40 kB, as on a full disk; the kernel does it."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+    """No file grows beyond 20 kB, as on a full disk; the kernel does it."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
 
 def die_while_publishing() -> None:

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from overfit import ModelWeights, acceptance_length, greedy_rows
 from paceline.config.drafts import DFlashConfig
 from paceline.drafts.dflash.algorithm import DFlash
-from paceline.schema.features import FeatureRow, Features
+from paceline.schema.features import FeatureRow
 from rows import make_context, make_row, random_features, tiny_info
 
 INFO = tiny_info()
@@ -116,60 +116,6 @@ def test_the_decoder_proposes_what_the_walk_proposes(config):
             assert torch.equal(decoder.propose(), proposed[-1])
     assert decoder.num_drafted == algorithm.num_drafted == 3
     assert torch.equal(torch.stack(proposed), algorithm.propose(row, torch.tensor(starts)))
-
-
-class ModelWeights:
-    """A transformers model's own embedding and head."""
-
-    def __init__(self, model):
-        self.model = model
-
-    def embedding(self) -> Tensor:
-        return self.model.get_input_embeddings().weight.detach()
-
-    def lm_head(self, rows: Tensor | None = None) -> Tensor:
-        assert rows is None
-        return self.model.get_output_embeddings().weight.detach()
-
-    def lm_head_bias(self, rows: Tensor | None = None) -> None:
-        return None
-
-
-def greedy_rows(model, layers, count: int, prompt: int, length: int) -> list[FeatureRow]:
-    """The model's own greedy answers to random prompts, one a row, with its states."""
-    found = []
-    for index in range(count):
-        plain = make_row([length], [[(prompt, length)]], vocab=256, sample_ids=[index])
-        tokens = torch.from_numpy(plain.tokens).long()
-        with torch.no_grad():
-            for end in range(prompt, length):
-                tokens[end] = model(tokens[None, :end]).logits[0, -1].argmax()
-            plain.tokens[:] = tokens.int().numpy()
-            out = model(tokens[None], output_hidden_states=True)
-        hidden = torch.stack([out.hidden_states[layer + 1][0] for layer in layers], 1)
-        greedy = out.logits[0].argmax(-1).int()
-        found.append(FeatureRow(plain, Features(layers, hidden, greedy, None, None, None, "", True)))
-    return found
-
-
-def acceptance_length(algorithm: DFlash, rows: list[FeatureRow]) -> float:
-    """1 + mean accepted tokens, by the serving walk, over steps not cut by the end of the answer."""
-    accepted, steps = 0, 0
-    for row in rows:
-        tokens, greedy = row.row.tokens, row.features.greedy
-        start, last = row.row.spans[0, 0], row.row.spans[0, 1] - 1
-        while start < last:
-            proposal = algorithm.propose(row, torch.tensor([start]))[0]
-            right = 0
-            while right < min(algorithm.num_drafted, last - start):
-                at = start + right + 1
-                if not proposal[right] == greedy[at - 1] == tokens[at]:
-                    break
-                right += 1
-            if last - start >= algorithm.num_drafted:
-                accepted, steps = accepted + right, steps + 1
-            start += right + 1
-    return 1 + accepted / steps
 
 
 def test_it_overfits_eight_rows_of_the_targets_own_greedy_answers(tiny_target):

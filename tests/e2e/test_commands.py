@@ -238,7 +238,7 @@ def test_metrics_that_cannot_be_written_end_the_command_and_say_so(
     assert "goes on from the newest checkpoint" in command.output
 
 
-KILLED = {"training__num_epochs": 8, "training__rows_per_step": 2, "training__checkpoint_every": 3}
+KILLED = {"training__num_epochs": 5, "training__rows_per_step": 2, "training__checkpoint_every": 3}
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import torch
 from paceline.client.budget import PrefetchBudget, Reservation
 from paceline.config.run import RunConfig
 from paceline.config.run_dir import RunDir
+from paceline.launch.trained import recall_target
 from paceline.training.checkpoint import load_state
 from tiny import save_nested_tiny_target, save_tiny_target
 from whole_run import StopsAfter, lines, losses, run, run_config, same_weights, weights, write_data, write_lines
@@ -230,7 +231,9 @@ def test_the_run_directory_says_what_was_run(base: RunConfig) -> None:
     paths = RunDir(Path(base.run_dir))
     versions = json.loads(paths.versions.read_text())
     assert versions["packages"]["torch"] == torch.__version__
-    assert json.loads(paths.target_info.read_text())["num_layers"] == 4
+    target = recall_target(paths)
+    assert target.num_layers == 4
+    assert target.model_dump_json(indent=1) + "\n" == paths.target_info.read_text()
     assert "checkpoint" in paths.log("trainer", 0).read_text()
 
 
@@ -258,7 +261,8 @@ def test_every_architecture_trains_each_draft(architecture: str, tmp_path: Path)
 
 
 def test_one_draft_alone_learns_what_it_learns_beside_another(base: RunConfig, tmp_path: Path) -> None:
-    """Drafts share rows and captures, nothing else."""
+    """Drafts share rows and one capture of each, nothing else."""
+    bytes_alone = 0
     for draft in ("eagle3", "dflash"):
         table = base.model_dump(mode="json") | {"run_dir": str(tmp_path / draft)}
         table["drafts"] = {draft: table["drafts"][draft]}
@@ -266,3 +270,5 @@ def test_one_draft_alone_learns_what_it_learns_beside_another(base: RunConfig, t
         run(config)
         together = [figures for line in losses(base) for name, figures in line.items() if name == draft]
         assert losses(config, draft) == pytest.approx(together, rel=1e-6)
+        bytes_alone += lines(config)[-1]["stream"]["bytes_received"]
+    assert lines(base)[-1]["stream"]["bytes_received"] < 0.8 * bytes_alone
