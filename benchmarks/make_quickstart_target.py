@@ -118,7 +118,7 @@ def parse_options() -> argparse.Namespace:
     default = Path(__file__).resolve().parents[1] / "src" / "paceline" / "quickstart_target"
     parser.add_argument("--output", type=Path, default=default, help="directory of the checkpoint (%(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--steps", type=int, default=1000, help="optimizer steps (%(default)s)")
+    parser.add_argument("--steps", type=int, default=3000, help="optimizer steps (%(default)s)")
     parser.add_argument("--minutes", type=float, default=6.0, help="the schedule is cut to fit (%(default)s)")
     parser.add_argument("--rows-per-step", type=int, default=128, help="rows in an optimizer step (%(default)s)")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (%(default)s)")

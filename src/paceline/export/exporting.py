@@ -12,18 +12,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from paceline.drafts.fixed_row import fixed_row
 from paceline.drafts.interface import DraftAlgorithm
 from paceline.drafts.published import read_published
 from paceline.errors import DraftError, ExportError
 from paceline.export.layouts import DraftFacts, Table, differing_tensors, find_layout
-from paceline.schema.features import FeatureRow, Features
-from paceline.schema.rows import Row
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -137,7 +135,7 @@ def _load_fresh(algorithm: DraftAlgorithm, config: dict[str, Any], tensors: dict
 @torch.no_grad()
 def _check_behaviour(algorithm: DraftAlgorithm, fresh: DraftAlgorithm) -> None:
     """Compare losses (every logit of the row goes into them) and proposals on a fixed row."""
-    row = fixed_row(algorithm)
+    row = fixed_row(algorithm, _ROW_TOKENS)
     ours, theirs = (draft.loss(row) for draft in (algorithm, fresh))
     if not ours.weight > 0:
         raise ExportError(
@@ -162,43 +160,6 @@ def _check_behaviour(algorithm: DraftAlgorithm, fresh: DraftAlgorithm) -> None:
                 f"the export, read back, proposes {theirs_says[at].tolist()} at position {int(starts[at])} of a fixed "
                 f"row, the trained draft {ours_says[at].tolist()}"
             )
-
-
-def fixed_row(algorithm: DraftAlgorithm) -> FeatureRow:
-    """One document of random tokens of the draft vocabulary, all supervised, with random features; always the same."""
-    context = algorithm.context
-    info, spec = context.info, type(algorithm).feature_spec(algorithm.config, context.info)
-    draw = np.random.default_rng(0)
-    noise = torch.Generator().manual_seed(0)
-    dtype = getattr(torch, info.dtype)
-
-    def random_states(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=noise).to(context.device, dtype)
-
-    row = Row(
-        position=0,
-        epoch=0,
-        row_id=0,
-        tokens=draw.choice(context.vocabulary.ids, _ROW_TOKENS).astype(np.int32),
-        documents=np.array([0, _ROW_TOKENS], np.int32),
-        spans=np.array([[0, _ROW_TOKENS]], np.int32),
-        span_cut=np.zeros(1, bool),
-        sample_ids=np.zeros(1, np.int64),
-        pieces=np.zeros(1, np.int32),
-    )
-    with_final = spec.final_hidden != "none"
-    greedy = torch.from_numpy(draw.choice(context.vocabulary.ids, _ROW_TOKENS).astype(np.int32))
-    features = Features(
-        layers=spec.layers,
-        hidden=random_states(_ROW_TOKENS, len(spec.layers), info.hidden_size),
-        greedy=greedy.to(context.device),
-        final_hidden=random_states(_ROW_TOKENS, info.hidden_size) if with_final else None,
-        final_index=torch.arange(_ROW_TOKENS, dtype=torch.int32, device=context.device) if with_final else None,
-        logsumexp=torch.full((_ROW_TOKENS,), 10.0, device=context.device) if spec.logsumexp else None,
-        row_hash="",
-        finite=True,
-    )
-    return FeatureRow(row, features)
 
 
 def _takes_embedding(config: Mapping[str, Any]) -> bool:

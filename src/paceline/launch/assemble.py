@@ -24,6 +24,7 @@ from paceline.drafts.registry import load_algorithm
 from paceline.errors import DataError
 from paceline.evaluation.held_out import HeldOutEvaluation
 from paceline.launch.trained import build_draft, remember_target
+from paceline.launch.warm_up import compile_drafts
 from paceline.schema.features import FeatureSpec, merge_specs
 from paceline.schema.target_info import TargetInfo
 from paceline.target.admission import Admission
@@ -96,6 +97,8 @@ def assemble_trainer(config: RunConfig, prepared: PreparedData) -> Iterator[Trai
         dtype = getattr(torch, config.training.dtype)
         weights = CheckpointWeights(config.target, device, dtype)
         drafts = {name: build_draft(config, name, info, weights, prepared, device, dtype) for name in config.drafts}
+        if config.training.compile:
+            compile_drafts(drafts)
         pool = FeaturePool([connection], specs)
         stack.callback(pool.close)
         transport = config.transport

@@ -268,7 +268,31 @@ def _load(config: TargetConfig) -> _Loaded:
             # The forward alone: hooks stay outside of the compiled code, where adding one recompiles nothing.
             layer.forward = torch.compile(layer.forward)
     logger.info("target %s on %s in %s, documents %s", config.model, parts.device, info.dtype, layout)
-    return _Loaded(parts, tokenizer, info, RowCapture(parts, info.logit_transform, layout, config.vocab_chunk_tokens))
+    capture = RowCapture(parts, info.logit_transform, layout, config.vocab_chunk_tokens)
+    if config.compile:
+        _compile(capture, info)
+    return _Loaded(parts, tokenizer, info, capture)
+
+
+def _compile(capture: RowCapture, info: TargetInfo) -> None:
+    """Compile before the first row is asked for: no other thread may run compiled code while this one traces.
+
+    Two rows of different lengths: after the second torch.compile takes rows of any length.
+    """
+    begin = time.monotonic()
+    for lengths in ((160, 352), (90, 230, 400)):
+        documents = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+        positions = np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])
+        request = RowRequest(
+            position=0,
+            spec="",
+            tokens=np.arange(documents[-1], dtype=np.int32) % info.vocab_size,
+            documents=documents,
+            spans=np.array([[0, lengths[0]]], np.int32),
+            positions=np.broadcast_to(positions, (info.num_position_axes, len(positions))).copy(),
+        )
+        capture(request, FeatureSpec(layers=(0,), final_hidden="supervised", greedy=True))
+    logger.info("target compiled in %.0f s", time.monotonic() - begin)
 
 
 def check_request(request: RowRequest, spec: FeatureSpec, info: TargetInfo) -> None:

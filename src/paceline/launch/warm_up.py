@@ -1,0 +1,35 @@
+"""Compiling drafts before the first row: a target that compiles or runs on its own thread must not see it happen."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+
+import torch
+
+from paceline.drafts.fixed_row import fixed_row
+from paceline.drafts.interface import DraftAlgorithm
+
+_ROW_TOKENS = (512, 700)
+"""Two sizes: after the second torch.compile knows that rows differ in length, and compiles no more."""
+logger = logging.getLogger(__name__)
+
+
+def compile_drafts(drafts: Mapping[str, DraftAlgorithm]) -> None:
+    """Run everything that training and evaluation will run once, on rows that need no target; changes no weight.
+
+    torch.compile refuses a compiled function that is called while another thread traces one. Whatever is still
+    traced later (a row of a rare shape) then runs uncompiled that once.
+    """
+    torch._dynamo.config.error_on_nested_fx_trace = False  # noqa: SLF001 - there is no public name for it
+    for name, algorithm in drafts.items():
+        begin = time.monotonic()
+        for num_tokens in _ROW_TOKENS:
+            row = fixed_row(algorithm, num_tokens)
+            algorithm.loss(row).total.backward()
+            algorithm.draft.zero_grad(set_to_none=True)
+            with torch.no_grad():
+                algorithm.loss(row)
+                algorithm.propose(row, torch.arange(1, num_tokens, device=algorithm.context.device))
+        logger.info("draft %s: compiled in %.0f s", name, time.monotonic() - begin)
