@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from overfit import ModelWeights, acceptance_length, greedy_rows
+from overfit import ModelWeights, acceptance_length, greedy_rows, pack
 from paceline.config.drafts import DFlashConfig
 from paceline.drafts.dflash.algorithm import DFlash
 from paceline.schema.features import FeatureRow
@@ -131,14 +131,15 @@ def test_it_overfits_eight_rows_of_the_targets_own_greedy_answers(tiny_target):
     algorithm = DFlash(config, make_context(info, weights=ModelWeights(model)))
     rows = greedy_rows(model, DFlash.feature_spec(config, info).layers, count=8, prompt=4, length=28)
     assert acceptance_length(algorithm, rows) < 2
+    together = pack(rows)
     with torch.no_grad():
         algorithm.draft.norm.weight.fill_(4.0)  # logits of a hidden size of 32 are small, and slow to grow
     optimizer = torch.optim.Adam(algorithm.draft.parameters(), lr=1e-2)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=110)
     for _ in range(110):
-        terms = [algorithm.loss(row) for row in rows]
+        terms = algorithm.loss(together)
         optimizer.zero_grad()
-        (sum(t.total for t in terms) / sum(t.weight for t in terms)).backward()
+        (terms.total / terms.weight).backward()
         optimizer.step()
         schedule.step()
     assert acceptance_length(algorithm, rows) == algorithm.num_drafted + 1

