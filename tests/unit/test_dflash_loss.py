@@ -211,3 +211,18 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits_and_no_mask_spans_all_keys()
     assert largest == chunk * 4000
     num_slots = 64 * 4
     assert not any(num_slots in shape and 100 + num_slots in shape for shape in seen.shapes)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_pieces_give_the_same_loss_and_gradients(checkpointing):
+    plain, compiled = build(MIXED), build(MIXED, compile=True, activation_checkpointing=checkpointing)
+    for name in ("several documents and spans", "an anchor without context"):
+        losses = []
+        for algorithm in (plain, compiled):
+            algorithm.draft.zero_grad()
+            losses.append(algorithm.loss(feature_row(*ROWS[name], algorithm)).total)
+            losses[-1].backward()
+        assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-5)
+        for one, other in zip(plain.draft.parameters(), compiled.draft.parameters(), strict=True):
+            assert torch.allclose(one.grad, other.grad, rtol=1e-3, atol=1e-4)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from paceline.drafts.attention import Visibility, attend_context, build_visibility, merge_own
 from paceline.drafts.layers import RMSNorm, Rotary, SwiGLU, rotate
@@ -118,17 +118,42 @@ def _context_keys(layer: DFlashLayer, c: Tensor, cos_sin: CosSin) -> KeysValues:
 
 def _project(layer: DFlashLayer, x: Tensor, cos_sin: CosSin) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v of block slots."""
-    h = layer.input_layernorm(x)
-    return layer.self_attn.queries(h, cos_sin), *layer.self_attn.keys_values(h, cos_sin)
+
+    def project(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        h = layer.input_layernorm(x)
+        return layer.self_attn.queries(h, cos_sin), *layer.self_attn.keys_values(h, cos_sin)
+
+    q, k, v = _keep_products(project, x)
+    return q, k, v
 
 
 def _finish(
     layer: DFlashLayer, x: Tensor, q: Tensor, own: KeysValues, own_bias: Tensor, context: tuple[Tensor, Tensor]
 ) -> Tensor:
     """The layer's output from its attention to the context."""
-    x = x + layer.self_attn.o_proj(layer.self_attn.merge_block(q, own, own_bias, context))
-    out: Tensor = x + layer.mlp(layer.post_attention_layernorm(x))
-    return out
+
+    def finish(x: Tensor, q: Tensor, own: KeysValues, context: tuple[Tensor, Tensor]) -> Tensor:
+        x = x + layer.self_attn.o_proj(layer.self_attn.merge_block(q, own, own_bias, context))
+        out: Tensor = x + layer.mlp(layer.post_attention_layernorm(x))
+        return out
+
+    finished: Tensor = _keep_products(finish, x, q, own, context)
+    return finished
+
+
+def _keep_products(function: Callable[..., Any], *inputs: Any) -> Any:
+    """function(*inputs); compiled code keeps for the backward pass only inputs and outputs of linear layers.
+
+    What is cheap between them is repeated. Left alone, the compiler also keeps the results of norms and activations and
+    fp32 copies of what attention inside a block reads: half of all that a layer keeps.
+    """
+    if not torch.compiler.is_compiling():
+        return function(*inputs)
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=_keep_linear_outputs)
+
+
+def _keep_linear_outputs() -> Any:
+    return create_selective_checkpoint_contexts([torch.ops.aten.mm.default])
 
 
 def _norm_slots(draft: DFlashDraft, x: Tensor, slots: Tensor) -> Tensor:
