@@ -81,6 +81,15 @@ def test_what_follows_the_last_answer_is_left_out():
     assert text(sample) == "<|user|>hi<|end|>\n<|assistant|>ho<|end|>"
 
 
+@pytest.mark.parametrize("template", [None, END_WITH_NEWLINE])
+def test_an_answer_cut_by_a_length_limit_does_not_teach_an_end(template):
+    [whole] = tokenize(TWO_TURNS, template).samples
+    [cut] = tokenize(TWO_TURNS, template, truncated=True).samples
+    assert supervised(whole) == ["ho<|end|>", "down<|end|>"]
+    assert supervised(cut) == ["ho<|end|>", "down"]
+    assert text(whole) == text(cut) + "<|end|>"
+
+
 def test_last_turn_supervises_the_last_answer_alone():
     [sample] = tokenize(TWO_TURNS, END_WITH_NEWLINE, train_on="last_turn").samples
     assert supervised(sample) == ["down<|end|>"]

@@ -90,16 +90,20 @@ class ChatTokenizer:
 
     def tokenize(self, conversations: Iterable[Conversation]) -> list[ChatSamples | UnusableSampleError]:
         """Samples of each conversation, or why it has none."""
+        conversations = list(conversations)
         planned = [self._plan_turns(conversation) for conversation in conversations]
         # One call for all texts: the tokenizer spreads a batch over the cores.
         texts = [text for turns in planned if isinstance(turns, list) for t in turns for text in (t.prompt, t.through)]
         encoded = iter(self.encode(texts))
         results: list[ChatSamples | UnusableSampleError] = []
-        for turns in planned:
+        for conversation, turns in zip(conversations, planned, strict=True):
             if isinstance(turns, UnusableSampleError):
                 results.append(turns)
-            else:
-                results.append(self._assemble([(turn.message, next(encoded), next(encoded)) for turn in turns]))
+                continue
+            result = self._assemble([(turn.message, next(encoded), next(encoded)) for turn in turns])
+            if conversation.raw.get("truncated"):
+                self._take_off_end(result)
+            results.append(result)
         return results
 
     def encode(self, texts: list[str]) -> list[list[int]]:
@@ -168,6 +172,17 @@ class ChatTokenizer:
                 sample.spans.append((begin, end))
             sample.tokens = through[:end]
         return result
+
+    def _take_off_end(self, result: ChatSamples) -> None:
+        """The last answer was cut by a length limit: the end that the template gives it is not the target's."""
+        written = self._tail[: len(self._tail) - self._num_unwritten]
+        sample = result.samples[-1] if result.samples else None
+        if sample is None or not written or sample.tokens[-len(written) :] != written:
+            return
+        sample.tokens = sample.tokens[: -len(written)]
+        begin, end = sample.spans.pop()
+        if end - len(written) > begin:
+            sample.spans.append((begin, end - len(written)))
 
     def _explain_difference(self, prompt: list[int], through: list[int]) -> str:
         same = 0

@@ -6,6 +6,8 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import xxhash
+
 from paceline.config.run import RunConfig
 from paceline.config.run_dir import RunDir
 from paceline.data.conversations import read_conversations
@@ -46,11 +48,14 @@ def regenerate_data(
         top_p=settings.top_p,
         seed=settings.seed,
         stop=stop,
+        template_args=config.data.chat_template_args,
     )
     source = source or config.data.train
     made_with = {
         "source": source,
         "target": fingerprint_weights(checkpoint),
+        "chat_template": xxhash.xxh3_64_hexdigest(str(tokenizer.chat_template).encode()),
+        "chat_template_args": config.data.chat_template_args,
         **settings.model_dump(include={"max_new_tokens", "temperature", "top_p", "seed"}),
     }
     chosen = Path(settings.output) if settings.output else RunDir(Path(config.run_dir)).regenerated

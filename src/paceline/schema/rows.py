@@ -51,7 +51,8 @@ class Row:
     def document_positions(self) -> np.ndarray:
         """int32[T]: each token's index in its own document."""
         starts = np.repeat(self.documents[:-1], np.diff(self.documents))
-        return (np.arange(self.num_tokens) - starts).astype(np.int32)
+        positions: np.ndarray = (np.arange(self.num_tokens) - starts).astype(np.int32)
+        return positions
 
     def document_ids(self) -> np.ndarray:
         """int32[T]: which document of the row each token belongs to."""

@@ -163,12 +163,12 @@ class RowCapture:
         return {"final_hidden": final[index.long()], "final_index": index}
 
     def _to_device(self, array: np.ndarray) -> Tensor:
-        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        tensor = torch.from_numpy(np.array(array))  # a copy: a row's tokens may be a read-only view of a file
         tensor = tensor if tensor.dtype in (torch.int32, torch.int64) else tensor.long()
         if self._device.type == "cuda":
             # A copy from pageable memory would wait for everything queued on the stream.
             return tensor.pin_memory().to(self._device, non_blocking=True)
-        return tensor.clone()
+        return tensor
 
 
 def batches_of_similar_length(lengths: np.ndarray) -> list[np.ndarray]:

@@ -48,8 +48,10 @@ class Generator:
         top_p: float = 1.0,
         seed: int = 0,
         stop: threading.Event | None = None,
+        template_args: dict[str, Any] | None = None,
     ) -> None:
-        """`stop`, once set, ends a running `complete` with StoppedError after the token it is at.
+        """`stop`, once set, ends a running `complete` with StoppedError after the token it is at; `template_args` are
+        variables handed to the chat template.
 
         Raises:
             ConfigError: the tokenizer has no chat template, or nothing says which token ends an answer.
@@ -65,6 +67,7 @@ class Generator:
         self._top_p = top_p
         self._seed = seed
         self._stop = stop or threading.Event()
+        self._template_args = template_args or {}
         self._end_ids = end_token_ids(model, tokenizer)
         self._max_positions: int = getattr(model.config.get_text_config(), "max_position_embeddings", 2**31)
 
@@ -99,7 +102,7 @@ class Generator:
     def _render(self, prompt: Prompt) -> list[int]:
         tools: Any = prompt.tools
         text = self._tokenizer.apply_chat_template(
-            prompt.messages, tools=tools, add_generation_prompt=True, tokenize=False
+            prompt.messages, tools=tools, add_generation_prompt=True, tokenize=False, **self._template_args
         )
         return list(self._tokenizer.encode(str(text), add_special_tokens=False))
 
