@@ -1,11 +1,16 @@
 """Fixtures shared by the whole suite: tiny targets are made once a session."""
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+if TYPE_CHECKING:
+    from forking import Commands
 
 
 @pytest.fixture(scope="session")
@@ -14,3 +19,12 @@ def tiny_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny import save_tiny_target
 
     return save_tiny_target(tmp_path_factory.mktemp("target") / "qwen3")
+
+
+@pytest.fixture(scope="session")
+def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Commands"]:
+    """Starts `paceline` commands as processes, children of one that has imported torch."""
+    from forking import Commands
+
+    with Commands(tmp_path_factory.mktemp("commands")) as commands:
+        yield commands

@@ -27,7 +27,7 @@ class Command:
     @property
     def output(self) -> str:
         """What it wrote to stdout and stderr so far."""
-        return self._output.read_text()
+        return self._output.read_text(errors="replace") if self._output.exists() else ""
 
     def send_signal(self, signum: signal.Signals) -> None:
         os.kill(self.pid, signum)
