@@ -29,6 +29,10 @@ class RunDir:
         return self.root / "target.json"
 
     @property
+    def trained_data(self) -> Path:
+        return self.root / "trained_data.npz"
+
+    @property
     def metrics(self) -> Path:
         return self.root / "metrics.jsonl"
 

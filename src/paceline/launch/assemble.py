@@ -23,7 +23,7 @@ from paceline.drafts.interface import DraftAlgorithm
 from paceline.drafts.registry import load_algorithm
 from paceline.errors import DataError
 from paceline.evaluation.held_out import HeldOutEvaluation
-from paceline.launch.trained import build_draft, remember_target
+from paceline.launch.trained import build_draft, remember_data, remember_target
 from paceline.launch.warm_up import compile_drafts
 from paceline.schema.features import FeatureSpec, merge_specs
 from paceline.schema.target_info import TargetInfo
@@ -85,6 +85,7 @@ def assemble_trainer(config: RunConfig, prepared: PreparedData) -> Iterator[Trai
     Raises:
         ConfigError: sizes or layers that do not fit the target.
         DataError: nothing to train on, or nothing held out.
+        RunDirectoryError: the run was trained against another target, or on other data.
     """
     device = resolve_device(config.training.device)
     train_rows = RowSource(prepared.train, prepared.train_plan, config.seed)
@@ -92,11 +93,14 @@ def assemble_trainer(config: RunConfig, prepared: PreparedData) -> Iterator[Trai
     _check_rows(train_rows, eval_rows)
     with contextlib.ExitStack() as stack:
         connection, info = stack.enter_context(open_inline_target(config, device))
-        remember_target(RunDir(Path(config.run_dir)), info)
+        run = RunDir(Path(config.run_dir))
+        remember_target(run, info)
+        remember_data(run, prepared)
         specs = feature_specs(config, info)
         dtype = getattr(torch, config.training.dtype)
         weights = CheckpointWeights(config.target, device, dtype)
-        drafts = {name: build_draft(config, name, info, weights, prepared, device, dtype) for name in config.drafts}
+        counts = prepared.token_counts
+        drafts = {name: build_draft(config, name, info, weights, counts, device, dtype) for name in config.drafts}
         if config.training.compile:
             compile_drafts(drafts)
         pool = FeaturePool([connection], specs)

@@ -25,7 +25,15 @@ from paceline.evaluation.evaluate import (
 )
 from paceline.evaluation.losslessness import Prompt
 from paceline.launch.prepare import load_run_tokenizer, prepare_data
-from paceline.launch.trained import Which, build_draft, check_same_target, choose_drafts, load_trained
+from paceline.launch.trained import (
+    Which,
+    build_draft,
+    check_same_target,
+    choose_drafts,
+    is_trained_data,
+    load_trained,
+    recall_token_counts,
+)
 from paceline.schema.target_info import TargetInfo
 from paceline.target.hf.engine import HFEngine
 from paceline.target.hf.stepping import SteppingTarget
@@ -63,7 +71,13 @@ def evaluate_run(
     target_config = config.target
     if config.evaluation.dtype != "auto":
         target_config = target_config.model_copy(update={"dtype": config.evaluation.dtype})
-    prepared = prepare_data(config, run)
+    prepared, counts = prepare_data(config, run), recall_token_counts(run)
+    if not is_trained_data(run, prepared):
+        logger.warning(
+            "this is not the data %s was trained on (files, [data] settings or chat template differ): held-out prompts "
+            "may have been trained on, or be rendered in another way",
+            run.root,
+        )
     engine = HFEngine(target_config)
     try:
         info = engine.info()
@@ -75,7 +89,7 @@ def evaluate_run(
         references = decode_references(target, prompts, limit)
         evaluation = _describe(references, engine.tokenizer, num_samples)
         for name in names:
-            algorithm = build_draft(config, name, info, weights, prepared, target.device, target.dtype)
+            algorithm = build_draft(config, name, info, weights, counts, target.device, target.dtype)
             algorithm.draft.eval()
             figures: dict[str, Any] = {}
             if baselines:

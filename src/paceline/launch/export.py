@@ -8,10 +8,8 @@ import torch
 
 from paceline.config.run import RunConfig
 from paceline.config.run_dir import RunDir
-from paceline.data.prepared import PreparedData
 from paceline.export.exporting import export_draft
-from paceline.launch.prepare import prepare_data
-from paceline.launch.trained import Which, build_draft, choose_drafts, load_trained, recall_target
+from paceline.launch.trained import Which, build_draft, choose_drafts, load_trained, recall_target, recall_token_counts
 from paceline.schema.target_info import TargetInfo
 from paceline.target.hf.weights import CheckpointWeights
 
@@ -23,16 +21,17 @@ def export_run(config: RunConfig, names: list[str], which: Which = "best") -> di
         ExportError: what was written, read back, is not what was trained.
     """
     run, names = RunDir(Path(config.run_dir)), choose_drafts(config, names)
-    prepared = prepare_data(config, run)
     info = recall_target(run)
-    return {name: export_one(config, name, info, prepared, which) for name in names}
+    return {name: export_one(config, name, info, which) for name in names}
 
 
-def export_one(config: RunConfig, name: str, info: TargetInfo, prepared: PreparedData, which: Which) -> Path:
+def export_one(config: RunConfig, name: str, info: TargetInfo, which: Which) -> Path:
     """Export one draft, from the CPU in fp32 (the published tensors have the target's dtype)."""
     run, cpu = RunDir(Path(config.run_dir)), torch.device("cpu")
     weights = CheckpointWeights(config.target, cpu, torch.float32)
-    algorithm = build_draft(config, name, info, weights, prepared, cpu, torch.float32)
+    # Compiling takes longer than the few forwards of the check.
+    eager = config.model_copy(update={"training": config.training.model_copy(update={"compile": False})})
+    algorithm = build_draft(eager, name, info, weights, recall_token_counts(run), cpu, torch.float32)
     load_trained(algorithm, run, name, which)
     directory = Path(config.export.output) / name if config.export.output else run.export(name)
     export_draft(algorithm, directory, config.export.include_embedding)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import typing
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 
 from paceline.config.loading import apply_overrides, build_config
@@ -31,6 +33,7 @@ def load_run_config(directory: str | Path, overrides: Iterable[str] = ()) -> Run
     """The resolved configuration of a run directory, with `overrides`; `run_dir` is where it lies now.
 
     Raises:
+        ConfigError: an override changes a draft: its weights were trained with the settings it had.
         RunDirectoryError: there is no run in `directory`, or its configuration is damaged.
     """
     paths = RunDir(Path(directory))
@@ -40,7 +43,12 @@ def load_run_config(directory: str | Path, overrides: Iterable[str] = ()) -> Run
     except OSError as error:
         raise RunDirectoryError(f"{directory} is no run directory (cannot read {path}: {error.strerror})") from error
     table["run_dir"] = str(directory)
-    return build_config(apply_overrides(table, overrides), source=str(path))
+    trained = build_config(table, source=str(path))
+    config = build_config(apply_overrides(table, overrides), source=str(path))
+    for name, draft in config.drafts.items():
+        if draft != trained.drafts.get(name):
+            raise ConfigError(f"drafts.{name} cannot be set here: {directory} holds the draft as it was trained")
+    return config
 
 
 def remember_target(run: RunDir, info: TargetInfo) -> None:
@@ -77,18 +85,63 @@ def recall_target(run: RunDir) -> TargetInfo:
         raise RunDirectoryError(f"cannot read {run.target_info} ({error}): train the run first") from error
 
 
+def remember_data(run: RunDir, prepared: PreparedData) -> None:
+    """Keep what the run trains on: its fingerprint, and the counts that draft vocabularies are made of.
+
+    Raises:
+        RunDirectoryError: the run has been training on other data.
+    """
+    if not run.trained_data.exists():
+        written = run.trained_data.with_name(f".{run.trained_data.name}")
+        with written.open("wb") as file:
+            np.savez(file, fingerprint=np.array(prepared.fingerprint), token_counts=prepared.token_counts)
+        written.replace(run.trained_data)
+    elif not is_trained_data(run, prepared):
+        raise RunDirectoryError(
+            f"{run.root} was trained on other data: files, tokenizer or chat template have changed since; choose "
+            "another run_dir, or put them back"
+        )
+
+
+def is_trained_data(run: RunDir, prepared: PreparedData) -> bool:
+    """Whether `prepared` is the very data, rendered and packed in the very way, that the run was trained on."""
+    return str(_read_trained_data(run, "fingerprint")) == prepared.fingerprint
+
+
+def recall_token_counts(run: RunDir) -> np.ndarray:
+    """int64: how often each token was supervised in the data of the run; its drafts' vocabularies follow from it.
+
+    Raises:
+        RunDirectoryError: nothing was trained in this directory yet.
+    """
+    return _read_trained_data(run, "token_counts")
+
+
+def _read_trained_data(run: RunDir, name: str) -> np.ndarray:
+    try:
+        with np.load(run.trained_data, allow_pickle=False) as arrays:
+            array: np.ndarray = arrays[name]
+            return array
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise RunDirectoryError(f"cannot read {run.trained_data} ({error}): train the run first") from error
+
+
 def build_draft(
     config: RunConfig,
     name: str,
     info: TargetInfo,
     weights: TargetWeights,
-    prepared: PreparedData,
+    token_counts: np.ndarray,
     device: torch.device,
     dtype: torch.dtype,
 ) -> DraftAlgorithm:
-    """One draft of the run, initialised and on `device`."""
+    """One draft of the run, initialised and on `device`.
+
+    Args:
+        token_counts: of the data the run is trained on, whatever the configuration names now.
+    """
     draft, training = config.drafts[name], config.training
-    vocabulary = build_vocabulary(prepared.token_counts, getattr(draft, "vocab_size", 0), info.vocab_size)
+    vocabulary = build_vocabulary(token_counts, getattr(draft, "vocab_size", 0), info.vocab_size)
     context = DraftContext(
         info=info,
         weights=weights,
