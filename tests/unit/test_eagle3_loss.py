@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from paceline.config.drafts import Eagle3Config
 from paceline.drafts.eagle3.algorithm import Eagle3
 from paceline.drafts.vocabulary import DraftVocabulary
+from paceline.errors import DraftError
 from paceline.schema.target_info import LogitTransform
 from rows import RandomWeights, make_context, make_row, random_features, tiny_info
 
@@ -254,3 +255,61 @@ def test_proposals_see_their_own_document_only():
         from_packed = algorithm.propose(packed, torch.arange(11, 30))
         from_alone = algorithm.propose(alone, torch.arange(1, 20))
     assert from_packed.tolist() == from_alone.tolist()
+
+
+@pytest.mark.parametrize("vocabulary", [HALF, None], ids=["D < V", "D = V"])
+def test_a_chain_of_proposals_is_what_training_predicts_where_the_text_is_that_chain(vocabulary):
+    algorithm = build(**({"vocabulary": vocabulary} if vocabulary else {}))
+    newest, depths = 17, algorithm.config.num_depths
+    for length in range(1, depths + 1):  # at its last depth such a span counts one slot, the one before `newest`
+        feature_row = features_of(algorithm, make_row([30], [[(newest, newest + 1 + length)]]))
+        chain = algorithm.propose(feature_row, torch.tensor([newest]))[0]
+        feature_row.row.tokens[newest + 1 : newest + 1 + depths] = chain.numpy()
+        feature_row.features.greedy[newest : newest + depths] = chain.int()
+        right, counted = algorithm.loss(feature_row).metrics["accuracy"][:, length - 1].tolist()
+        assert (right, counted) == (1.0, 1.0)
+
+
+def test_a_greedy_token_outside_the_draft_vocabulary_is_a_miss_and_not_in_the_loss():
+    algorithm = build(vocabulary=HALF)
+    feature_row = features_of(algorithm, make_row([20], [[(5, 12)]]))
+    predicted = algorithm.propose(feature_row, torch.tensor([5]))[0, 0]
+    feature_row.features.greedy[5:11] = predicted.int()
+    inside = algorithm.loss(feature_row)
+    feature_row.features.greedy[5] = 33  # odd: HALF does not have it
+    outside = algorithm.loss(feature_row)
+    assert (inside.weight.item(), outside.weight.item()) == (6, 5)
+    # The state of token 5 teaches slot 4 at depth 0 alone.
+    assert (outside.metrics["loss"][1] - inside.metrics["loss"][1]).tolist() == [-1, 0, 0, 0]
+    assert (outside.metrics["accuracy"] - inside.metrics["accuracy"])[:, 0].tolist() == [-1, 0]
+    assert outside.total.item() < inside.total.item()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rope_theta": 5e5}, "rope_theta of the published draft is 500000.0"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling"),
+        ({"rms_norm_eps": 1e-5}, "rms_norm_eps"),
+        ({"norm_output": True}, "norm_output"),
+        ({"norm_before_residual": True}, "norm_before_residual"),
+        ({"eagle_config": None, "eagle_aux_hidden_state_layer_ids": [1, 4, 5]}, r"reads target layers \[0, 3, 4\]"),
+        ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 3, 4]}}, r"reads target layers \[0, 3, 4\]"),
+        ({"head_dim": 16}, "head_dim"),
+        ({"draft_vocab_size": 64}, "draft_vocab_size"),
+    ],
+)
+def test_a_published_draft_of_another_convention_is_refused(change, message):
+    algorithm = build(vocabulary=HALF)
+    with pytest.raises(DraftError, match=message):
+        algorithm.load_published(algorithm.published_config() | change, algorithm.published_tensors())
+
+
+def test_a_published_draft_that_names_no_layers_reads_the_default_ones():
+    algorithm, other = build(), build(Eagle3Config(num_depths=4, vocab_size=0, target_layers=(0, 3, 4)))
+    config = algorithm.published_config()
+    for key in ("eagle_config", "eagle_aux_hidden_state_layer_ids", "num_aux_hidden_states"):
+        del config[key]
+    algorithm.load_published(config, algorithm.published_tensors())
+    with pytest.raises(DraftError, match=r"reads target layers \[1, 3, 4\], this run captures \[0, 3, 4\]"):
+        other.load_published(config, algorithm.published_tensors())

@@ -38,8 +38,7 @@ class Eagle3(DraftAlgorithm):
     @classmethod
     def feature_spec(cls, config: DraftConfig, info: TargetInfo, evaluation: bool = False) -> FeatureSpec:
         """Captured layers and greedy tokens; for training also the final hidden state of supervised tokens."""
-        count = info.num_layers
-        layers = choose_layers(config.target_layers, (1, count // 2 - 1, count - 4), info, at_least=2)
+        layers = choose_layers(config.target_layers, layout.default_layers(info.num_layers), info, at_least=2)
         return FeatureSpec(layers=layers, final_hidden="none" if evaluation else "supervised", greedy=True)
 
     def __init__(self, config: DraftConfig, context: DraftContext) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor, nn
 from paceline.config.drafts import Eagle3Config
 from paceline.drafts.eagle3.model import Eagle3Shape
 from paceline.drafts.interface import DraftContext
-from paceline.drafts.published import check_names, dtype_fields, rope_fields
+from paceline.drafts.published import check_names, dtype_fields, published_scaling, published_theta, rope_fields
 from paceline.errors import DraftError
+from paceline.schema.target_info import TargetInfo
 
 _MUST_MATCH = (
     "hidden_size",
@@ -20,7 +22,13 @@ _MUST_MATCH = (
     "num_key_value_heads",
     "head_dim",
     "vocab_size",
+    "rms_norm_eps",
 )
+
+
+def default_layers(num_layers: int) -> tuple[int, ...]:
+    """1, N // 2 - 1, N - 4: what a draft that names no layers reads; may repeat one for tiny targets."""
+    return (1, num_layers // 2 - 1, num_layers - 4)
 
 
 def published_config(
@@ -77,12 +85,16 @@ def load_published(
     """Take weights of a published draft of the same shape, vocabulary and layers; see the interface for errors."""
     if config.get("norm_output"):
         raise DraftError("the draft says norm_output: true (its feedback is normed): it cannot be trained on from here")
+    if config.get("norm_before_residual"):
+        raise DraftError("the draft says norm_before_residual: true: its residual is another than that of EAGLE-3")
     for key in (*_MUST_MATCH, "draft_vocab_size"):
         if key in config and config[key] != expected[key]:
             raise DraftError(f"{key} of the published draft is {config[key]}, this run's is {expected[key]}")
-    theirs = config.get("eagle_config", {}).get("eagle_aux_hidden_state_layer_ids")
-    ours = expected["eagle_config"]["eagle_aux_hidden_state_layer_ids"]
-    if theirs is not None and list(theirs) != ours:
+    for key, read in (("rope_theta", published_theta), ("rope_scaling", published_scaling)):
+        if read(config) != read(expected):
+            raise DraftError(f"{key} of the published draft is {read(config)}, this run's is {read(expected)}")
+    theirs, ours = _published_layers(config, context.info), expected["eagle_config"]["eagle_aux_hidden_state_layer_ids"]
+    if theirs != ours:
         raise DraftError(
             f"the published draft reads target layers {theirs}, this run captures {ours}: set target_layers"
         )
@@ -95,6 +107,16 @@ def load_published(
     with torch.no_grad():
         for name, weight in weights.items():
             weight.copy_(named[name])
+
+
+def _published_layers(config: Mapping[str, Any], info: TargetInfo) -> list[int]:
+    """Capture layers, 0-based; a configuration that names none means the default."""
+    nested = (config.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
+    if nested is not None:
+        return list(nested)
+    # vLLM's list is numbered from the embedding.
+    numbered = config.get("eagle_aux_hidden_state_layer_ids")
+    return list(default_layers(info.num_layers)) if numbered is None else [layer - 1 for layer in numbered]
 
 
 def _check_vocabulary(t2d: Tensor | None, d2t: Tensor | None, context: DraftContext) -> None:
