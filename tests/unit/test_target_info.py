@@ -61,6 +61,14 @@ def test_known_rope_scaling_is_kept(rope_type: str):
     assert scaling.items() <= rope.scaling.items()
 
 
+def test_what_a_draft_may_not_copy_is_left_out_of_the_scaling():
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
+    never = {"partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1], "mrope_interleaved": True}
+    config = tiny_config("llama")
+    config.rope_parameters = scaling | never | {"rope_theta": 5e5}
+    assert read_rope(config) == RopeInfo(theta=5e5, scaling=scaling)
+
+
 def test_other_rope_types_leave_theta_alone():
     parameters = {"rope_type": "dynamic", "rope_theta": 7e4, "factor": 2.0}
     assert read_rope(tiny_config("llama", rope_parameters=parameters)) == RopeInfo(theta=7e4, scaling=None)

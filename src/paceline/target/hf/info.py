@@ -16,6 +16,7 @@ from paceline.target.hf.loading import ModelParts
 from paceline.target.hf.selftest import check_logits, measure_embedding_scale
 
 _KEPT_ROPE_TYPES = ("llama3", "yarn", "linear")
+_NEVER_COPIED = ("partial_rotary_factor", "mrope_section", "mrope_interleaved")
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _NORM_EPS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")
 _SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
@@ -84,6 +85,8 @@ def read_rope(text: PretrainedConfig) -> RopeInfo:
             parameters = dict(parameters[layer_type])
             break
     theta = parameters.pop("rope_theta", None) or getattr(text, "rope_theta", None) or 10000.0
+    # A draft turns whole heads, and sees one position a token.
+    parameters = {key: value for key, value in parameters.items() if key not in _NEVER_COPIED}
     scaled = parameters.get("rope_type") in _KEPT_ROPE_TYPES
     return RopeInfo(theta=float(theta), scaling=parameters if scaled else None)
 
