@@ -32,7 +32,7 @@ class HeldOutEvaluation:
     def __call__(self, step: int) -> dict[str, dict[str, Any]]:
         """Figures of every draft: those of `WalkSums.result`, "loss", and "accuracy" and "loss" per position.
 
-        "acceptance_length" is 1 (nothing drafted is right) where no step had room for all K tokens.
+        Where no step had room for all K tokens "acceptance_length" is that over all steps, and 1 without any step.
         """
         del step
         walks = {name: WalkSums(draft.num_drafted) for name, draft in self._drafts.items()}

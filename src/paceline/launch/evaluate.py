@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from paceline.config.run import RunConfig
 from paceline.config.run_dir import RunDir
+from paceline.data.chat import ChatTokenizer
 from paceline.data.conversations import read_conversations
 from paceline.data.prepared import PreparedData
 from paceline.errors import DataError
@@ -150,15 +151,12 @@ def _held_out_prompts(prepared: PreparedData) -> Iterator[Prompt]:
 
 
 def _read_prompts(source: str, config: RunConfig) -> Iterator[Prompt]:
-    tokenizer = load_run_tokenizer(config)
+    # Rendered by what renders training data: a tool call's arguments, say, reach the template in the same form.
+    chat = ChatTokenizer(load_run_tokenizer(config), template_args=config.data.chat_template_args)
     for conversation in read_conversations(source):
         messages = conversation.messages
         while messages and messages[-1]["role"] == "assistant":
             messages = messages[:-1]
         if messages:
-            tools: Any = conversation.tools
-            text = tokenizer.apply_chat_template(
-                messages, tools=tools, add_generation_prompt=True, tokenize=False, **config.data.chat_template_args
-            )
-            tokens = tokenizer.encode(str(text), add_special_tokens=False)
+            (tokens,) = chat.encode([chat.render(messages, conversation.tools, add_generation_prompt=True)])
             yield Prompt(str(conversation.sample_id), tuple(tokens))
