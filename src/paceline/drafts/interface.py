@@ -88,6 +88,8 @@ class DraftAlgorithm(ABC):
     """
 
     name: ClassVar[str]
+    config_class: ClassVar[type[DraftConfig]]
+    """Its settings; `algorithm: Literal[name] = name` is one of them."""
     config: DraftConfig
     context: DraftContext
     draft: nn.Module

@@ -28,6 +28,7 @@ class DFlash(DraftAlgorithm):
     """DFlash (arXiv 2602.06036) with the target's frozen embedding and head."""
 
     name: ClassVar[str] = "dflash"
+    config_class: ClassVar[type[DraftConfig]] = DFlashConfig
     draft: DFlashDraft
     config: DFlashConfig
     first_start = 0

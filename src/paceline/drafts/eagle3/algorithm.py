@@ -31,6 +31,7 @@ class Eagle3(DraftAlgorithm):
     """One decoder layer that drafts K tokens by reading its own states."""
 
     name: ClassVar[str] = "eagle3"
+    config_class: ClassVar[type[DraftConfig]] = Eagle3Config
     first_start = 1
     config: Eagle3Config
     draft: Eagle3Draft
