@@ -1,5 +1,6 @@
 """EAGLE-3's loss against a naive version in fp64: one slot, one depth, one key at a time."""
 
+import itertools
 import math
 
 import numpy as np
@@ -260,8 +261,11 @@ def test_proposals_see_their_own_document_only():
 @pytest.mark.parametrize("vocabulary", [HALF, None], ids=["D < V", "D = V"])
 def test_a_chain_of_proposals_is_what_training_predicts_where_the_text_is_that_chain(vocabulary):
     algorithm = build(**({"vocabulary": vocabulary} if vocabulary else {}))
-    newest, depths = 17, algorithm.config.num_depths
-    for length in range(1, depths + 1):  # at its last depth such a span counts one slot, the one before `newest`
+    with torch.no_grad():  # attention so sharp that a shift of one position shows
+        algorithm.draft.midlayer.self_attn.q_proj.weight.mul_(8.0)
+    depths = algorithm.config.num_depths
+    for newest, length in itertools.product(range(1, 26), range(1, depths + 1)):
+        # At its last depth such a span counts one slot, the one before `newest`.
         feature_row = features_of(algorithm, make_row([30], [[(newest, newest + 1 + length)]]))
         chain = algorithm.propose(feature_row, torch.tensor([newest]))[0]
         feature_row.row.tokens[newest + 1 : newest + 1 + depths] = chain.numpy()
