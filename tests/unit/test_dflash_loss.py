@@ -226,3 +226,18 @@ def test_compiled_pieces_give_the_same_loss_and_gradients(checkpointing):
         assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-5)
         for one, other in zip(plain.draft.parameters(), compiled.draft.parameters(), strict=True):
             assert torch.allclose(one.grad, other.grad, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("config", [SMALL, MIXED], ids=["full", "sliding"])
+def test_proposals_are_what_training_predicts_where_the_text_is_what_is_proposed(config):
+    algorithm = build(config.model_copy(update={"anchor_every": 1}))
+    size = config.block_size
+    for anchor in (0, 1, 4, 9, 15):
+        for length in range(2, size + 1):  # the last position of such a span is predicted by the block at its start
+            row = feature_row([7, 20], [[(0, 7)], [(anchor, anchor + length)]], algorithm)
+            proposed = algorithm.propose(row, torch.tensor([7 + anchor]))[0]
+            row.row.spans[0] = (0, 1)  # no anchor in the first document
+            room = min(size - 1, 27 - 7 - anchor - 1)
+            row.row.tokens[8 + anchor : 8 + anchor + room] = proposed[:room].numpy()
+            accuracy = algorithm.loss(row).metrics["accuracy"]
+            assert accuracy[:, length - 2].tolist() == [1.0, 1.0]
