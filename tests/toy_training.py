@@ -70,6 +70,7 @@ class ToyDraft(DraftAlgorithm):
     def feature_spec(cls, config: DraftConfig, info: TargetInfo, evaluation: bool = False) -> FeatureSpec:
         return FeatureSpec(layers=(0,))
 
+    # Training asks for none of the rest: a call would be a defect of the loop.
     def propose(self, row: FeatureRow, starts: Tensor) -> Tensor:
         raise NotImplementedError
 

@@ -13,10 +13,7 @@ from paceline.target.hf.engine import HFEngine
 from paceline.target.hf.weights import CheckpointWeights
 from tiny import save_tiny_target, tiny_request
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 
 MID_SIZE = {
     "hidden_size": 1024,

@@ -15,7 +15,7 @@ from paceline.training.checkpoint import latest_checkpoint, load_draft_weights
 from paceline.training.trainer import Trainer
 from toy_training import FP32, ToyDraft, ToyStream, loss_trace, toy_draft, toy_row, toy_trainer, training_lines
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = pytest.mark.gpu
 
 CUDA = torch.device("cuda")
 CONFIG = FP32.model_copy(update={"dtype": "bfloat16", "device": "cuda", "log_every": 4, "checkpoint_every": 3})

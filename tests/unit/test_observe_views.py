@@ -126,7 +126,6 @@ def test_an_unknown_tracker_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_tensorboard_reads_back_what_was_written(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run = RunDir(tmp_path)

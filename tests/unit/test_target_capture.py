@@ -128,11 +128,13 @@ def test_a_packed_row_makes_no_mask_of_its_square():
     assert not [shape for shape in watch.made if shape[-2:] == (128, 128)]
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen3", "qwen3_moe", "cohere", "gemma2"])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+# transformers offers no sdpa for Gemma 2's soft-capped attention.
+@pytest.mark.parametrize(
+    ("architecture", "attention"),
+    [(name, "sdpa") for name in ("llama", "qwen3", "qwen3_moe", "cohere")]
+    + [(name, "eager") for name in ("llama", "qwen3", "qwen3_moe", "cohere", "gemma2")],
+)
 def test_packed_and_padded_documents_have_the_same_features(architecture: str, attention: str):
-    if architecture == "gemma2" and attention == "sdpa":
-        pytest.skip("transformers offers no sdpa for soft-capped attention")
     request = tiny_request((9, 1, 30, 17, 2))
     packed, _ = build_capture(build_parts(architecture, attention), "packed")
     padded, layout = build_capture(build_parts(architecture, attention), "padded")

@@ -64,7 +64,7 @@ def _flush_outputs() -> None:
 def _prepare_libraries() -> None:
     """What libraries read from the environment when they are first imported; whatever the user has set stays."""
     # OpenMP's threads spin while they wait. The target's and the trainer's then take the cores from each other, and
-    # from other programs: on two busy cores generation took 10 s spinning and 1 s waiting.
+    # from other programs (measured by benchmarks/openmp_waiting.py; alone on the machine spinning is faster).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not sys.stderr.isatty():
         for library in ("HF_HUB", "HF_DATASETS"):  # their bars fill a log file line by line
