@@ -22,8 +22,9 @@ from pydantic_core import PydanticUndefined
 
 from paceline.config.data import DataConfig, RegenerationConfig
 from paceline.config.drafts import DFlashConfig, DraftConfig, Eagle3Config
+from paceline.config.placement import PlacementConfig, PoolConfig, TransportConfig
 from paceline.config.run import RunConfig
-from paceline.config.target import PlacementConfig, TargetConfig, TransportConfig
+from paceline.config.target import TargetConfig
 from paceline.config.training import EvaluationConfig, ExportConfig, ProfileConfig, TrackingConfig, TrainingConfig
 from paceline.launch.run import _may_change
 
@@ -56,6 +57,7 @@ SECTIONS: tuple[tuple[str, type[BaseModel], str], ...] = (
     ("training.profile", ProfileConfig, "left out unless you want a profile"),
     ("placement", PlacementConfig, ""),
     ("transport", TransportConfig, ""),
+    ("pool", PoolConfig, ""),
     ("evaluation", EvaluationConfig, ""),
     ("regeneration", RegenerationConfig, ""),
     ("tracking", TrackingConfig, ""),

@@ -52,14 +52,47 @@ class OutOfMemoryError(PacelineError):
     """Device memory ran out: names the setting to lower."""
 
 
+class WireError(PacelineError):
+    """A request that cannot be right, whoever sends it: refused with the reason, and never worth sending again."""
+
+
+class AuthorizationError(PacelineError):
+    """A token that is missing or wrong."""
+
+
+class RowKillsServersError(PacelineError):
+    """A row that was in flight at every death of several servers, the last time alone: names it and its samples."""
+
+
 class TransportError(PacelineError):
     """Features lost or damaged on the way; the row is asked for again."""
 
     retryable = True
 
 
+class DamagedError(TransportError):
+    """Bytes that are not what was sent: a checksum, a length or a header is wrong."""
+
+
+class ServerLostError(TransportError):
+    """The server cannot be reached, or the connection to it broke: its rows go to others."""
+
+
+class ServerFailedError(TransportError):
+    """The server lives, but could not compute or send this row."""
+
+
+class SessionLostError(TransportError):
+    """The server does not know the session (any more): another is opened."""
+
+
 class ServerBusyError(TransportError):
     """The server's queue is full."""
+
+    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+        """When the server expects to have room, if it says so."""
 
 
 class StoppedError(PacelineError):

@@ -13,11 +13,11 @@ import torch
 
 from feature_path import SPECS, local_connection, open_pool
 from paceline.client.budget import PrefetchBudget
-from paceline.client.layout import reply_bytes
 from paceline.client.pool import FeaturePool
 from paceline.client.stream import FeatureStream
 from paceline.errors import CaptureMismatchError, CheckpointError, ConfigError, StoppedError, TransportError
 from paceline.schema.features import FeatureRow, Features
+from paceline.schema.layout import reply_bytes
 from paceline.schema.rows import Row, RowRequest, request_features
 from paceline.target.admission import Admission
 from small_engine import SmallEngine, expected_hidden, small_info, small_row

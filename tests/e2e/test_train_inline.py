@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -11,11 +12,13 @@ import pytest
 import torch
 
 from paceline.client.budget import PrefetchBudget, Reservation
+from paceline.client.pool import FeaturePool
 from paceline.config.run import RunConfig
 from paceline.config.run_dir import RunDir
+from paceline.launch.assemble import feature_specs, open_inline_target
 from paceline.launch.trained import recall_target
 from paceline.training.checkpoint import load_state
-from tiny import save_nested_tiny_target, save_tiny_target
+from tiny import save_nested_tiny_target, save_tiny_target, tiny_request
 from whole_run import StopsAfter, lines, losses, run, run_config, same_weights, weights, write_data, write_lines
 
 CONSTANT = {
@@ -194,6 +197,23 @@ def test_rows_in_flight_never_exceed_the_bound_but_for_one_of_evaluation(
     assert max(shared) == prefetch_rows, "the bound is kept, and used"
     assert max(all_rows) == prefetch_rows + 1
     assert max(line["stream"]["rows_in_flight"] for line in lines(config)) <= prefetch_rows
+
+
+def test_a_look_ahead_deeper_than_the_usual_queue_is_queued_whole(base: RunConfig, tmp_path: Path) -> None:
+    """A refused row is only asked for later, so nothing but its count and the time lost would show it."""
+    config = another(base, tmp_path, transport__prefetch_rows=160)
+    with open_inline_target(config, torch.device("cpu")) as (connection, info):
+        pool = FeaturePool([connection], feature_specs(config, info))
+        try:
+            # Long rows: they are all asked for before the target is done with the first few.
+            rows = [dataclasses.replace(tiny_request((512,), seed), spec="training") for seed in range(160)]
+            answers = [pool.submit(row) for row in rows]
+            pending = sum(not answer.done() for answer in answers)
+            answers[-1].result(timeout=120)
+        finally:
+            pool.close()
+    assert pending > 64 + 2, "the premise: more rows wait than the usual queue and the engine hold"
+    assert pool.stats.busy_replies == 0
 
 
 def test_every_step_records_where_its_time_and_its_bytes_went(base: RunConfig) -> None:

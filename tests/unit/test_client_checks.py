@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from paceline.client.checks import check_reply, check_specs, check_target
-from paceline.client.layout import reply_bytes
 from paceline.errors import CaptureMismatchError, HandshakeError
 from paceline.schema.features import Features, FeatureSpec
+from paceline.schema.layout import reply_bytes
 from paceline.schema.rows import request_features
 from paceline.schema.target_info import LogitTransform
 from small_engine import HIDDEN_SIZE, SmallEngine, small_info, small_row

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from paceline.client.layout import reply_layout
 from paceline.errors import CaptureMismatchError, HandshakeError
 from paceline.schema.features import Features, FeatureSpec
+from paceline.schema.layout import reply_layout
 from paceline.schema.rows import RowRequest
 from paceline.schema.target_info import TargetInfo
 

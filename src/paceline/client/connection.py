@@ -87,16 +87,16 @@ class LocalConnection(Generic[ParcelT]):
         answer: Future[Delivery] = Future()
         answer.set_running_or_notify_cancel()
         captured = self._server.submit(self._session, request)
-        captured.add_done_callback(partial(self._deliver, answer))
+        captured.add_done_callback(partial(self._deliver, answer, request.position))
         return answer
 
-    def _deliver(self, answer: Future[Delivery], captured: Future[Features]) -> None:
+    def _deliver(self, answer: Future[Delivery], position: int, captured: Future[Features]) -> None:
         error = captured.exception()
         if error is not None:
             answer.set_exception(error)
             return
         try:
-            delivery = self._receiver.receive(self._sender.send(captured.result()))
+            delivery = self._receiver.receive(self._sender.send(position, captured.result()))
         except BaseException as failure:
             # an error in a callback is lost; it belongs to whoever waits for the row
             answer.set_exception(failure)

@@ -13,10 +13,10 @@ from types import TracebackType
 from typing import Self
 
 from paceline.client.budget import OwnRows, PrefetchBudget, Reservation
-from paceline.client.layout import reply_bytes
 from paceline.client.pool import FeaturePool
 from paceline.errors import CheckpointError, StoppedError, TransportError
 from paceline.schema.features import FeatureRow
+from paceline.schema.layout import reply_bytes
 from paceline.schema.rows import Row, RowRequest, request_features
 from paceline.transport.base import Delivery
 

@@ -7,7 +7,8 @@ from pydantic import Field, field_validator
 from paceline.config.base import Config
 from paceline.config.data import DataConfig, RegenerationConfig
 from paceline.config.drafts import AnyDraftConfig
-from paceline.config.target import PlacementConfig, TargetConfig, TransportConfig
+from paceline.config.placement import PlacementConfig, PoolConfig, TransportConfig
+from paceline.config.target import TargetConfig
 from paceline.config.training import EvaluationConfig, ExportConfig, TrackingConfig, TrainingConfig
 
 
@@ -24,6 +25,7 @@ class RunConfig(Config):
     training: TrainingConfig = TrainingConfig()
     placement: PlacementConfig = PlacementConfig()
     transport: TransportConfig = TransportConfig()
+    pool: PoolConfig = PoolConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     regeneration: RegenerationConfig = RegenerationConfig()
     tracking: TrackingConfig = TrackingConfig()

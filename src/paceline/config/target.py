@@ -1,4 +1,4 @@
-"""`[target]`, `[placement]`, `[transport]`: the frozen model, where it runs, how rows travel."""
+"""`[target]`: the frozen model and how it is run."""
 
 from typing import Literal
 
@@ -36,21 +36,3 @@ class TargetConfig(Config):
     """Name of the embedding in the checkpoint, if it is not found by itself."""
     lm_head_key: str | None = None
     """Name of the lm_head in the checkpoint, if it is not found by itself."""
-
-
-class PlacementConfig(Config):
-    """Where the target runs and who starts the processes."""
-
-    target: Literal["inline"] = "inline"
-    """"inline": inside the trainer's process, on a thread of its own."""
-
-
-class TransportConfig(Config):
-    """How far the feature stream runs ahead of its trainer."""
-
-    prefetch_rows: int = Field(4, ge=1)
-    """Rows asked for and not yet trained on; 1 is strictly serial."""
-    prefetch_bytes: int = Field(8 << 30, ge=1)
-    """Bytes of features in flight; a larger row travels alone."""
-    row_timeout_s: float = Field(600.0, gt=0)
-    """A row not answered for so long ends the run with the reason; a log line every 30 s before."""

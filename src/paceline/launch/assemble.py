@@ -69,7 +69,7 @@ def open_inline_target(config: RunConfig, device: torch.device) -> Iterator[tupl
     """A pool's only server, in this process: the engine on a thread of its own, behind admission like any other."""
     engine = HFEngine(config.target)
     try:
-        admission = Admission(engine)
+        admission = Admission(engine, max_queued_rows=max(64, config.transport.prefetch_rows))
         try:
             yield LocalConnection(admission, LocalSender(), LocalReceiver(device)), engine.info()
         finally:

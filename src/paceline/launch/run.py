@@ -27,6 +27,7 @@ _MAY_CHANGE = (
     "evaluation",
     "export",
     "placement",
+    "pool",
     "regeneration",
     "target.compile",
     "target.device",

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+import torch
+
 from paceline.schema.features import Features
+from paceline.schema.layout import ReplyLayout
+from paceline.schema.protocol import ReplyHeader
 
 SentT_co = TypeVar("SentT_co", covariant=True)
 SentT_contra = TypeVar("SentT_contra", contravariant=True)
@@ -18,8 +24,14 @@ class Sender(Protocol[SentT_co]):
     of a file, or nothing but a header while the tensors take a channel of their own.
     """
 
-    def send(self, features: Features) -> SentT_co:
-        """The parcel for one row; its numbers are in memory; called on the thread that resolved the engine's future."""
+    def send(self, position: int, features: Features) -> SentT_co:
+        """The parcel for the row at `position`; its numbers are in memory; called for one row at a time.
+
+        May wait for copies off the device, so a server calls it on a thread of the session, never on the engine's.
+
+        Raises:
+            TransportError: the channel is broken; the client will notice and open another.
+        """
 
     def close(self) -> None:
         """Free what the channel holds; safe to call twice."""
@@ -64,3 +76,67 @@ class Delivery(Protocol):
 
     def wait_until_free(self) -> None:
         """Return when `is_free`; blocks the host."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What a server answers a row request with: the whole HTTP body, and what comes after it."""
+
+    body: tuple[bytes | memoryview, ...]
+    """In order; memory that stays as it is until `sent` is called."""
+    content_type: str
+    """SAFETENSORS for a head with its tensors behind it, JSON for a ReplyHeader whose tensors travel elsewhere."""
+    checksum: str
+    """xxh3-64 of the body."""
+    sent: Callable[[bool], None]
+    """Called exactly once: True when the body has left, False when it could not be sent or nobody waits for it."""
+
+
+SAFETENSORS = "application/x-safetensors"
+JSON = "application/json"
+
+
+class Body(Protocol):
+    """The rest of a reply's body, behind its head."""
+
+    def read_into(self, view: memoryview) -> None:
+        """Fill `view` with the body's last bytes, and prove that the whole body is what was sent.
+
+        Raises:
+            DamagedError: fewer or more bytes than `view` has, or another checksum.
+            ServerLostError: the connection broke, or stood still for too long.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Incoming:
+    """A reply whose head has come and is proved to be undamaged, or will be by `body`."""
+
+    header: ReplyHeader
+    layout: ReplyLayout
+    """What was asked for, and therefore where the tensors lie in `buffer`."""
+    buffer: RowBuffer
+    """Reserved before the row was asked for."""
+    body: Body | None
+    """The tensors, where they come in the HTTP body."""
+
+
+class RowBuffer(Protocol):
+    """Memory for one row: on the host (pinned for a trainer on a GPU), or on the device for GPU to GPU channels."""
+
+    @property
+    def memory(self) -> torch.Tensor:
+        """uint8[n], n at least what was reserved; begins at a multiple of ALIGNMENT."""
+
+    def give_back(self) -> None:
+        """Nobody reads it any more, on the device either: another row may have it. Safe to call twice."""
+
+
+class RemoteReceiver(Receiver[Incoming], Protocol):
+    """The client's end of a channel to another process."""
+
+    def reserve(self, num_bytes: int) -> RowBuffer:
+        """Memory for a row's tensors, taken before it is asked for; the delivery gives it back when it is released.
+
+        Whoever gets no delivery (the row was lost) gives it back himself.
+        """

@@ -20,7 +20,8 @@ from paceline.schema.features import Features
 class LocalSender:
     """The engine's end: nothing has to be done to features that stay in the process."""
 
-    def send(self, features: Features) -> Features:
+    def send(self, position: int, features: Features) -> Features:
+        del position
         return features
 
     def close(self) -> None:

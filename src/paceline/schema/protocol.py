@@ -1,0 +1,201 @@
+"""The messages of the control plane: what client and server say to each other in JSON, versioned and bounded.
+
+Every request and reply carries its body's xxh3-64 in CHECKSUM_HEADER: what was damaged on the way is told apart from
+what was wrong when it was sent.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from paceline.schema.features import FeatureSpec, FinalHidden
+from paceline.schema.layout import TensorLayout
+from paceline.schema.target_info import TargetInfo
+
+PROTOCOL_VERSION = 1
+"""Goes up with any change that an older peer would misunderstand; peers of different versions refuse each other."""
+
+CHECKSUM_HEADER = "paceline-checksum"
+"""16 hex digits: xxh3-64 of the whole HTTP body."""
+SESSION_KEY_HEADER = "paceline-session-key"
+"""The secret of a session, told once when it was opened: nobody else can use or end it."""
+MAX_CONTROL_BYTES = 4 << 20
+"""Bodies of control calls are refused above this."""
+MAX_HEADER_BYTES = 1 << 20
+"""The same for the JSON header in front of a row's tensors."""
+
+TransportName = Literal["http", "file", "nccl", "gloo"]
+HexDigits = Annotated[str, Field(pattern=r"^[0-9a-f]{1,64}$")]
+FileName = Annotated[str, Field(pattern=r"^[0-9a-f]{32}\.safetensors$")]
+SpecName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+
+
+class Message(BaseModel):
+    """Frozen; a key that the protocol does not know is refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class HostFacts(Message):
+    """Where a process runs: what decides which transports can work between two."""
+
+    host_id: str = Field(max_length=128)
+    """The same for all processes of one host since its start, and for no other."""
+    device: str = Field(max_length=64)
+    """"cpu" or "cuda"."""
+    gpu_uuid: str | None = Field(None, max_length=128)
+    """Of the device, where it is a GPU: NCCL refuses two ranks on one."""
+
+
+class ServerInfo(Message):
+    """GET /v1/info."""
+
+    protocol: int
+    server_id: HexDigits
+    """Drawn when the server started: a server that was started anew is another one."""
+    paceline: str
+    """The server's version."""
+    target: TargetInfo
+    host: HostFacts
+    transports: tuple[TransportName, ...]
+    """What this server can send with."""
+    max_row_tokens: int = Field(gt=0)
+    """Longer rows are refused."""
+    lossy: bool = False
+    """Several rows share a forward: features depend in the last bits on what else is asked for."""
+
+
+class SpecMessage(Message):
+    """A FeatureSpec."""
+
+    layers: tuple[Annotated[int, Field(ge=0, lt=100_000)], ...] = Field(max_length=1024)
+    final_hidden: FinalHidden = "none"
+    greedy: bool = False
+    logsumexp: bool = False
+
+    def spec(self) -> FeatureSpec:
+        """As the rest of the program knows it."""
+        return FeatureSpec(self.layers, self.final_hidden, self.greedy, self.logsumexp)
+
+    @classmethod
+    def of(cls, spec: FeatureSpec) -> SpecMessage:
+        """The message for a spec."""
+        return cls(layers=spec.layers, final_hidden=spec.final_hidden, greedy=spec.greedy, logsumexp=spec.logsumexp)
+
+
+class TransportOffer(Message):
+    """One way to send that the client can receive, with what the server needs to know for it."""
+
+    name: TransportName
+    parameters: dict[str, str] = Field(default_factory=dict, max_length=16)
+    """file: "directory" and "nonce"; nccl and gloo: "nonce"."""
+
+
+class SessionRequest(Message):
+    """POST /v1/sessions."""
+
+    protocol: int
+    specs: dict[SpecName, SpecMessage] = Field(min_length=1, max_length=16)
+    target: TargetInfo | None = None
+    """What the client expects to be served; None takes anything."""
+    client: HostFacts
+    offers: tuple[TransportOffer, ...] = Field(min_length=1, max_length=8)
+    """In the order of the client's preference; the server takes the first that works."""
+    lease_s: float = Field(gt=0, le=3600)
+    label: str = Field("", max_length=128)
+    """Who asks, for the server's log: run and rank."""
+
+
+class SessionReply(Message):
+    """What a session is opened with."""
+
+    session: HexDigits
+    """Public id, part of the session's paths."""
+    key: HexDigits
+    """Secret; goes into SESSION_KEY_HEADER."""
+    lease_s: float
+    """The session ends when it was not renewed and no row was asked for so long."""
+    server_id: HexDigits
+    transport: TransportName
+    parameters: dict[str, str] = Field(default_factory=dict)
+    """Of the chosen transport: what the client needs to know for it."""
+    refused: dict[str, str] = Field(default_factory=dict)
+    """Offers before the chosen one -> why they cannot work."""
+
+
+class TensorEntry(Message):
+    """One tensor of a reply and its place."""
+
+    dtype: Literal["float32", "bfloat16", "float16", "int32"]
+    shape: tuple[Annotated[int, Field(ge=0)], ...] = Field(max_length=4)
+    offset: int = Field(ge=0)
+
+    def layout(self) -> TensorLayout:
+        return TensorLayout(self.dtype, self.shape, self.offset)
+
+    @classmethod
+    def of(cls, layout: TensorLayout) -> TensorEntry:
+        return cls(dtype=layout.dtype, shape=layout.shape, offset=layout.offset)
+
+
+class ReplyHeader(Message):
+    """What a server says about a row's features; the tensors follow in the body, in a file or on a channel."""
+
+    position: int
+    row_hash: str = Field(max_length=64)
+    num_tokens: int
+    layers: tuple[int, ...]
+    part: int = 0
+    num_parts: int = 1
+    tensors: dict[str, TensorEntry]
+    num_bytes: int = Field(ge=0)
+    """Of the buffer with all tensors, padding included."""
+    finite: bool
+    queued_s: float
+    computed_s: float
+    file: FileName | None = None
+    """file: the bare name in the session's directory."""
+    file_checksum: HexDigits | None = None
+    """file: xxh3-64 of the whole file."""
+    channel_epoch: int | None = None
+    """nccl, gloo: which communicator the tensors come on; goes up each time it is rebuilt."""
+    channel_number: int | None = None
+    """nccl, gloo: rows sent on it before this one: receives are posted in this order."""
+
+
+ErrorKind = Literal[
+    "busy",
+    "damaged",
+    "wrong_request",
+    "mismatch",
+    "handshake",
+    "out_of_memory",
+    "engine",
+    "unauthorized",
+    "unknown_session",
+    "not_found",
+    "stopping",
+]
+
+
+class ErrorReply(Message):
+    """The body of every reply that is not 2xx.
+
+    busy 429 (with Retry-After): later. damaged 400: the body's checksum is wrong, send it again. wrong_request
+    400/413: never right. mismatch 422: a row that cannot be right for this target. handshake 409. out_of_memory,
+    engine 500: this row failed here. unauthorized 401/403. unknown_session 404: open another. not_found 404.
+    stopping 503.
+    """
+
+    error: ErrorKind
+    message: str
+    position: int | None = None
+    """The row it is about."""
+
+
+class RowsAsked(Message):
+    """POST /v1/weights/...: the rows that are wanted."""
+
+    rows: list[int] = Field(max_length=4_000_000)
