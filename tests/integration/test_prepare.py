@@ -39,7 +39,15 @@ def write(path: Path, rows: list) -> str:
     return str(path)
 
 
-def run(tmp_path: Path, train: str, tokenizer: Any = None, seed: int = 0, vocab: int = 300, **config: Any):
+def run(
+    tmp_path: Path,
+    train: str,
+    tokenizer: Any = None,
+    seed: int = 0,
+    vocab: int = 300,
+    reserved_tokens: frozenset[int] = frozenset(),
+    **config: Any,
+):
     settings = {"row_tokens": 128, "eval_fraction": 0.0} | config
     return prepare(
         DataConfig(train=train, **settings),
@@ -47,6 +55,7 @@ def run(tmp_path: Path, train: str, tokenizer: Any = None, seed: int = 0, vocab:
         target_vocab_size=vocab,
         cache_root=tmp_path / "prepared",
         seed=seed,
+        reserved_tokens=reserved_tokens,
     )
 
 
@@ -353,6 +362,33 @@ def test_a_token_the_target_has_no_embedding_for_names_its_sample_also_from_the_
     huge = write(tmp_path / "h.jsonl", [{"input_ids": [2**31 - 1, 1], "loss_mask": [1, 1]}])
     with pytest.raises(DataError, match="has token 2147483647"):
         run(tmp_path, huge)
+
+
+def test_a_sample_with_a_reserved_token_is_skipped_and_named_with_it(tmp_path: Path):
+    rows = [{"input_ids": [i, 5, 6], "loss_mask": [0, 1, 1]} for i in range(20)]
+    rows.append({"input_ids": [4, 261, 261], "loss_mask": [0, 1, 1]})
+    path = write(tmp_path / "d.jsonl", rows)
+    data = run(tmp_path, path, reserved_tokens=frozenset({261, 270}))
+    assert data.summary.train.skipped == {"mask token in the data": 1}
+    assert f"{path} line 21: token 261 at index 1 is the mask token" in "".join(data.summary.train.examples.values())
+    assert len(data.train) == 20
+    kept = run(tmp_path, path)
+    assert len(kept.train) == 21, "and the cache knows which tokens were reserved"
+
+
+def test_fewer_supervised_tokens_than_asked_for_skip_a_sample_and_the_default_is_the_number_two(tmp_path: Path):
+    rows = [{"input_ids": [1, 2, 3, 4], "loss_mask": [0, *mask]} for mask in ([0, 0, 1], [0, 1, 1], [1, 1, 1])]
+    path = write(tmp_path / "d.jsonl", rows)
+    left = {least: run(tmp_path, path, min_supervised_tokens=least, max_skipped_fraction=1.0) for least in (None, 2, 3)}
+    assert [len(data.train) for data in left.values()] == [2, 2, 1]
+    assert left[None].fingerprint == left[2].fingerprint != left[3].fingerprint
+    detail = "2 supervised tokens, data.min_supervised_tokens = 3"
+    assert (
+        detail
+        in run(
+            tmp_path, write(tmp_path / "e.jsonl", rows[1:]), min_supervised_tokens=3, max_skipped_fraction=1.0
+        ).summary.train.examples["too few supervised tokens"]
+    )
 
 
 def test_a_full_disk_names_the_directory_and_publishes_nothing(tmp_path: Path, monkeypatch):

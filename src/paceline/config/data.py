@@ -6,6 +6,9 @@ from pydantic import Field, model_validator
 
 from paceline.config.base import Config
 
+FEWEST_SUPERVISED_TOKENS = 2
+"""What a sample must have for any draft to learn from it: a token to start at, and one to predict."""
+
 
 class DataConfig(Config):
     """Conversations or documents, their loss masks, and how they are packed."""
@@ -32,8 +35,8 @@ class DataConfig(Config):
     """Tokens in a packed row: the unit of request, transport and training."""
     max_sample_tokens: int | None = Field(None, ge=16)
     """Longer samples are skipped and counted; None cuts those longer than a row into pieces."""
-    min_supervised_tokens: int = Field(2, ge=0)
-    """Samples with fewer supervised tokens are skipped and counted. DFlash wants two blocks (32)."""
+    min_supervised_tokens: int | None = Field(None, ge=0)
+    """Samples with fewer are skipped and counted; None is 2 * block_size of the largest DFlash draft, without one 2."""
     max_skipped_fraction: float = Field(0.05, ge=0.0, le=1.0)
     """The run ends if a larger share of samples had to be skipped."""
     packing_window: int = Field(2048, ge=1)

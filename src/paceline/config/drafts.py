@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from paceline.config.base import Config
+from paceline.config.data import FEWEST_SUPERVISED_TOKENS
 
 
 class DraftConfig(Config):
@@ -38,6 +39,15 @@ class DraftConfig(Config):
     """Size of a head; None is the target's."""
     intermediate_size: int | None = Field(None, ge=1)
     """Width of the MLP; None is the target's, or 3 H for a target without a dense MLP."""
+
+    @property
+    def fewest_supervised_tokens(self) -> int:
+        """Supervised tokens that this draft wants of every sample."""
+        return FEWEST_SUPERVISED_TOKENS
+
+    def reserved_token(self, target_mask_token_id: int | None) -> int | None:
+        """The id that means something of its own to this draft, and so may not occur in data; None without one."""
+        return None
 
 
 class Eagle3Config(DraftConfig):
@@ -78,6 +88,13 @@ class DFlashConfig(DraftConfig):
     """Window of layers that `layer_types` calls sliding_attention."""
     layer_types: tuple[Literal["full_attention", "sliding_attention"], ...] | None = None
     """One entry a draft layer; None is full attention everywhere."""
+
+    @property
+    def fewest_supervised_tokens(self) -> int:
+        return 2 * self.block_size
+
+    def reserved_token(self, target_mask_token_id: int | None) -> int | None:
+        return target_mask_token_id if self.mask_token_id is None else self.mask_token_id
 
 
 AnyDraftConfig = Annotated[Eagle3Config | DFlashConfig, Field(discriminator="algorithm")]

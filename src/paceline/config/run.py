@@ -31,6 +31,13 @@ class RunConfig(Config):
     tracking: TrackingConfig = TrackingConfig()
     export: ExportConfig = ExportConfig()
 
+    @property
+    def min_supervised_tokens(self) -> int:
+        """`data.min_supervised_tokens`, or what the most demanding draft of the run wants."""
+        if self.data.min_supervised_tokens is not None:
+            return self.data.min_supervised_tokens
+        return max(draft.fewest_supervised_tokens for draft in self.drafts.values())
+
     @field_validator("drafts")
     @classmethod
     def _names_are_plain(cls, drafts: dict[str, AnyDraftConfig]) -> dict[str, AnyDraftConfig]:

@@ -58,7 +58,13 @@ class PreparedData:
 
 
 def prepare(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, target_vocab_size: int, cache_root: Path, seed: int
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    target_vocab_size: int,
+    cache_root: Path,
+    seed: int,
+    reserved_tokens: frozenset[int] = frozenset(),
 ) -> PreparedData:
     """Tokenize, split and pack, or reuse what an earlier call with the same fingerprint left in `cache_root`.
 
@@ -70,13 +76,15 @@ def prepare(
         target_vocab_size: V, rows of the target's embedding and lm_head.
         cache_root: directory for prepared data; created.
         seed: of packing and of the order of rows.
+        reserved_tokens: ids that mean something else to a draft of the run than text (DFlash's mask token): samples
+            with one are skipped and counted.
 
     Raises:
         DataError: a file that cannot be read, a tokenizer that does not fit the target or has no chat template,
             more skipped samples than `config.max_skipped_fraction`, no sample left, a full disk.
     """
     _check_vocabulary(tokenizer, target_vocab_size)
-    tokenize = SampleTokenizer(tokenizer, config)
+    tokenize = SampleTokenizer(tokenizer, config, reserved_tokens)
     train = Source(config.train)
     held_out = Source(config.eval) if config.eval is not None else None
     samples_key = _hash(
@@ -93,9 +101,9 @@ def prepare(
                     "assistant_start",
                     "assistant_end",
                     "max_sample_tokens",
-                    "min_supervised_tokens",
                 }
-            ),
+            )
+            | {"min_supervised_tokens": tokenize.min_supervised_tokens, "reserved_tokens": sorted(reserved_tokens)},
         }
     )
     samples = cache_root / f"samples-{samples_key}"

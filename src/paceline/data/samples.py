@@ -12,7 +12,7 @@ import numpy as np
 import xxhash
 from transformers import PreTrainedTokenizerBase
 
-from paceline.config.data import DataConfig
+from paceline.config.data import FEWEST_SUPERVISED_TOKENS, DataConfig
 from paceline.data.chat import ChatSamples, ChatTokenizer
 from paceline.data.conversations import Conversation, UnusableSampleError, build_conversation, content_id
 from paceline.data.masks import spans_between, spans_of_mask
@@ -54,14 +54,25 @@ class _Columns:
 class SampleTokenizer:
     """Tokenizes rows with `input_ids` and `loss_mask`, with `messages` or `conversations`, or with `text`."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        config: DataConfig,
+        reserved_tokens: frozenset[int] = frozenset(),
+    ) -> None:
         """Read the chat template, if one is set.
+
+        Args:
+            reserved_tokens: ids that mean something else to a draft than text; samples with one are skipped.
 
         Raises:
             DataError: the template's file cannot be read, or a marker has no tokens.
         """
         self._tokenizer = tokenizer
         self._config = config
+        self._reserved_tokens = np.array(sorted(reserved_tokens), np.int32)
+        least = config.min_supervised_tokens
+        self.min_supervised_tokens = FEWEST_SUPERVISED_TOKENS if least is None else least
         self.template = read_chat_template(config.chat_template)
         self._start_ids = self._marker_ids("assistant_start", config.assistant_start)
         self._end_ids = self._marker_ids("assistant_end", config.assistant_end)
@@ -135,10 +146,14 @@ class SampleTokenizer:
     def _add_sample(
         self, columns: _Columns, row: RawRow, tokens: np.ndarray, spans: np.ndarray, sample_id: int, content: int
     ) -> None:
-        limit, least = self._config.max_sample_tokens, self._config.min_supervised_tokens
+        limit, least = self._config.max_sample_tokens, self.min_supervised_tokens
         num_supervised = int((spans[:, 1] - spans[:, 0]).sum()) if len(spans) else 0
         if not len(tokens):
             columns.skip(row, UnusableSampleError("no tokens"))
+        elif np.isin(tokens, self._reserved_tokens).any():
+            index = int(np.flatnonzero(np.isin(tokens, self._reserved_tokens))[0])
+            detail = f"token {tokens[index]} at index {index} is the mask token of a draft: it may not be text"
+            columns.skip(row, UnusableSampleError("mask token in the data", detail))
         elif limit is not None and len(tokens) > limit:
             detail = f"{len(tokens)} tokens, data.max_sample_tokens = {limit}"
             columns.skip(row, UnusableSampleError("too long", detail))

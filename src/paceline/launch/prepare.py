@@ -10,6 +10,7 @@ from paceline.config.run import RunConfig
 from paceline.config.run_dir import RunDir
 from paceline.data.prepared import PreparedData, prepare
 from paceline.data.samples import read_chat_template
+from paceline.target.hf.info import choose_mask_token
 from paceline.target.hf.loading import load_config, load_tokenizer, resolve_checkpoint
 
 
@@ -20,12 +21,14 @@ def prepare_data(config: RunConfig, run: RunDir) -> PreparedData:
         DataError: data that cannot be used; names the file.
     """
     cache = Path(config.data.cache_dir) if config.data.cache_dir else run.prepared
+    tokenizer, num_rows = load_run_tokenizer(config), target_vocab_size(config)
     return prepare(
-        config.data,
-        load_run_tokenizer(config),
-        target_vocab_size=target_vocab_size(config),
+        config.data.model_copy(update={"min_supervised_tokens": config.min_supervised_tokens}),
+        tokenizer,
+        target_vocab_size=num_rows,
         cache_root=cache,
         seed=config.seed,
+        reserved_tokens=_reserved_tokens(config, tokenizer, num_rows),
     )
 
 
@@ -40,6 +43,16 @@ def load_run_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     if template is not None:
         tokenizer.chat_template = template
     return tokenizer
+
+
+def _reserved_tokens(config: RunConfig, tokenizer: PreTrainedTokenizerBase, num_rows: int) -> frozenset[int]:
+    """Ids that stand for something else than text in a draft of the run: DFlash's mask token."""
+    target = config.target
+    if config.data.tokenizer:  # drafts are built from the target's facts, whatever tokenizes the data
+        tokenizer = load_tokenizer(target.model, target.revision, target.trust_remote_code)
+    mask_token = choose_mask_token(tokenizer, num_rows)
+    reserved = (draft.reserved_token(mask_token) for draft in config.drafts.values())
+    return frozenset(token for token in reserved if token is not None)
 
 
 def target_vocab_size(config: RunConfig) -> int:

@@ -86,7 +86,6 @@ def quickstart_config(directory: Path, target: Path, size: QuickstartSize) -> Ru
                 "train": str(directory / "answers.jsonl"),
                 "eval": str(directory / "held-out-answers.jsonl"),
                 "row_tokens": 1024,
-                "min_supervised_tokens": 8,
                 "max_skipped_fraction": 0.5,
             },
             "regeneration": {"batch_size": 128, "max_new_tokens": size.max_new_tokens},

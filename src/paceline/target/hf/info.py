@@ -62,7 +62,7 @@ def build_target_info(
         logit_transform=transform,
         num_position_axes=_num_position_axes(text),
         eos_token_ids=_eos_token_ids(parts, tokenizer),
-        mask_token_id=_mask_token_id(tokenizer, num_tokenizer_tokens, parts.vocab_size),
+        mask_token_id=choose_mask_token(tokenizer, parts.vocab_size),
         weight_fingerprint=fingerprint_weights(checkpoint),
         tokenizer_fingerprint=fingerprint_tokenizer(tokenizer),
         deterministic=True,
@@ -94,6 +94,14 @@ def read_rope(text: PretrainedConfig) -> RopeInfo:
 def count_tokenizer_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
     """One more than the largest id the tokenizer can produce."""
     return max(tokenizer.get_vocab().values()) + 1
+
+
+def choose_mask_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int | None:
+    """The tokenizer's mask token, else the first embedding row that no text uses; None where all are used."""
+    if tokenizer.mask_token_id is not None:
+        return int(tokenizer.mask_token_id)
+    first_unused = count_tokenizer_tokens(tokenizer)
+    return first_unused if first_unused < vocab_size else None
 
 
 def _intermediate_size(text: PretrainedConfig) -> int | None:
@@ -133,9 +141,3 @@ def _eos_token_ids(parts: ModelParts, tokenizer: PreTrainedTokenizerBase) -> tup
     if not ids and tokenizer.eos_token_id is not None:
         ids.add(tokenizer.eos_token_id)
     return tuple(sorted(ids))
-
-
-def _mask_token_id(tokenizer: PreTrainedTokenizerBase, num_tokenizer_tokens: int, vocab_size: int) -> int | None:
-    if tokenizer.mask_token_id is not None:
-        return int(tokenizer.mask_token_id)
-    return num_tokenizer_tokens if num_tokenizer_tokens < vocab_size else None
