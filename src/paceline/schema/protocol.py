@@ -125,6 +125,37 @@ class SessionReply(Message):
     """Offers before the chosen one -> why they cannot work."""
 
 
+StoreKey = Annotated[str, Field(min_length=1, max_length=512)]
+StoreValue = Annotated[bytes, Field(max_length=64 << 10)]
+
+
+class StoreCall(Message):
+    """POST /v1/sessions/{id}/store: one step of the rendezvous of a p2p channel. It never waits: a client asks again.
+
+    set: `values` of `keys`. get: their values. add: `number` to the decimal number at the one key. compare_set: at the
+    one key, `values[1]` in the place of `values[0]` (empty: of nothing). delete: the one key.
+    """
+
+    model_config = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64")
+
+    op: Literal["set", "get", "add", "compare_set", "delete"]
+    keys: tuple[StoreKey, ...] = Field(min_length=1, max_length=64)
+    values: tuple[StoreValue, ...] = Field((), max_length=64)
+    """URL-safe base64 in JSON."""
+    number: int = 0
+
+
+class StoreReply(Message):
+    """What a store call answers."""
+
+    model_config = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64")
+
+    values: tuple[StoreValue | None, ...] = ()
+    """get: of each key, null where there is none. compare_set: what the key holds now."""
+    number: int = 0
+    """add: the sum. delete: 1 if there was such a key."""
+
+
 class TensorEntry(Message):
     """One tensor of a reply and its place."""
 
