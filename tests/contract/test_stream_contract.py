@@ -20,7 +20,7 @@ from paceline.schema.features import FeatureRow, Features
 from paceline.schema.layout import reply_bytes
 from paceline.schema.rows import Row, RowRequest, request_features
 from paceline.target.admission import Admission
-from small_engine import SmallEngine, expected_hidden, small_info, small_row
+from small_engine import HIDDEN_SIZE, SmallEngine, expected_hidden, small_info, small_row
 
 NUM_ROWS = 5  # in an epoch of small_row
 
@@ -80,6 +80,11 @@ def test_rows_in_flight_never_exceed_the_bound_and_reach_it(prefetch_rows: int) 
 
 def row_bytes(position: int) -> int:
     return reply_bytes(request_features(small_row(position), "training"), SPECS["training"], small_info())
+
+
+def tensor_bytes(position: int) -> int:
+    """Without the gaps between tensors, which budgets count."""
+    return 4 * small_row(position).num_tokens * len(SPECS["training"].layers) * HIDDEN_SIZE
 
 
 def test_bytes_in_flight_never_exceed_the_bound() -> None:
@@ -411,11 +416,11 @@ def test_stats_tell_waiting_and_what_is_in_flight() -> None:
         assert stats.wait_s > 0.015
         assert stats.rows_in_flight == 3
         assert stats.bytes_in_flight == sum(row_bytes(position) for position in range(3))
-        assert stats.bytes_received == row.features.num_bytes == row_bytes(0)
+        assert stats.bytes_received == row.features.num_bytes == tensor_bytes(0)
         for _ in stream:
             pass
         assert stream.stats.rows_in_flight == 0
-        assert stream.stats.bytes_received == sum(row_bytes(position) for position in range(12))
+        assert stream.stats.bytes_received == sum(tensor_bytes(position) for position in range(12))
 
 
 def test_features_nobody_registered_are_refused_before_the_first_row() -> None:

@@ -13,7 +13,8 @@ from paceline.client.stream import FeatureStream
 from paceline.schema.features import Features, FeatureSpec
 from paceline.schema.rows import Row, RowRequest
 from paceline.target.admission import Admission
-from paceline.transport.local import LocalDelivery, LocalReceiver, LocalSender
+from paceline.transport.delivery import RowDelivery
+from paceline.transport.local import LocalReceiver, LocalSender
 from small_engine import SmallEngine, expected_hidden, small_row
 
 pytestmark = pytest.mark.gpu
@@ -45,7 +46,7 @@ class DeviceEngine(SmallEngine):
 class SlowCopies(LocalReceiver):
     """Its copy streams are always behind."""
 
-    def receive(self, parcel: Features) -> LocalDelivery:
+    def receive(self, parcel: Features) -> RowDelivery:
         with torch.cuda.stream(self._side_stream(torch.device("cuda", torch.cuda.current_device()))):
             torch.cuda._sleep(5 * MILLISECOND)
         return super().receive(parcel)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -84,20 +85,22 @@ def test_bytes_are_known_before_asking(final_hidden: str, more: bool) -> None:
     features = engine.capture(REQUEST, spec).result(10)
     engine.close()
     num_final = {"none": 0, "supervised": 5, "all": 7}[final_hidden]
-    by_hand = 7 * 3 * HIDDEN_SIZE * 4 + num_final * (HIDDEN_SIZE * 4 + 4) + (7 * 8 if more else 0)
-    assert reply_bytes(REQUEST, spec, small_info()) == features.num_bytes == by_hand
+    tensors = [7 * 3 * HIDDEN_SIZE * 4, num_final * HIDDEN_SIZE * 4, num_final * 4] + [7 * 4, 7 * 4] * more
+    assert features.num_bytes == sum(tensors)
+    by_hand = sum(math.ceil(num_bytes / 256) * 256 for num_bytes in tensors)
+    assert reply_bytes(REQUEST, spec, small_info()) == by_hand
     check(features, spec)
 
 
 def test_bytes_follow_the_targets_dtype() -> None:
     spec = FeatureSpec((0,))
-    assert reply_bytes(REQUEST, spec, small_info(dtype="bfloat16")) == 7 * HIDDEN_SIZE * 2
+    sizes = [reply_bytes(REQUEST, spec, small_info(dtype=dtype)) for dtype in ("bfloat16", "float32")]
+    assert sizes == [7 * HIDDEN_SIZE * 2 + 144, 7 * HIDDEN_SIZE * 4 + 32]  # and the gaps up to multiples of 256
 
 
 @pytest.mark.parametrize(
     ("fact", "value", "message"),
     [
-        ("name", "other", "name: server-1 has 'other', this run expects 'small'"),
         ("weight_fingerprint", "w2", "weight_fingerprint: server-1 has 'w2', this run expects 'w'"),
         ("tokenizer_fingerprint", "t2", "tokenizer_fingerprint: server-1 has 't2'"),
         ("dtype", "bfloat16", "dtype: server-1 has 'bfloat16', this run expects 'float32'"),
@@ -110,6 +113,10 @@ def test_another_target_is_refused_with_both_sides_named(fact: str, value: objec
     check_target("server-1", small_info(), small_info())
     with pytest.raises(HandshakeError, match=message):
         check_target("server-1", small_info(**{fact: value}), small_info())
+
+
+def test_the_same_target_under_another_path_is_the_same_target() -> None:
+    check_target("server-1", small_info(name="/mnt/b/small"), small_info(name="/mnt/a/small"))
 
 
 def test_all_differences_are_told_at_once() -> None:

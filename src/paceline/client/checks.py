@@ -84,16 +84,16 @@ def _final_index(request: RowRequest, spec: FeatureSpec) -> np.ndarray:
 
 
 def check_target(server: str, served: TargetInfo, expected: TargetInfo) -> None:
-    """Return if the two targets are interchangeable.
+    """Return if the two targets are interchangeable; `name` may differ: other hosts have other paths.
 
     Raises:
-        HandshakeError: any fact differs; names each with both sides.
+        HandshakeError: any other fact differs; names each with both sides.
     """
     facts = served.model_dump()
     differences = [
         f"{name}: {server} has {facts[name]!r}, this run expects {value!r}"
         for name, value in expected.model_dump().items()
-        if facts[name] != value
+        if name != "name" and facts[name] != value
     ]
     if differences:
         raise HandshakeError(f"{server} serves another target than this run expects:\n  " + "\n  ".join(differences))

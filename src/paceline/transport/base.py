@@ -128,8 +128,8 @@ class RowBuffer(Protocol):
     def memory(self) -> torch.Tensor:
         """uint8[n], n at least what was reserved; begins at a multiple of ALIGNMENT."""
 
-    def give_back(self) -> None:
-        """Nobody reads it any more, on the device either: another row may have it. Safe to call twice."""
+    def give_back(self, after: torch.cuda.Event | None = None) -> None:
+        """Another row may have it, once `after` has passed (None: at once). Safe to call twice."""
 
 
 class RemoteReceiver(Receiver[Incoming], Protocol):
@@ -140,3 +140,6 @@ class RemoteReceiver(Receiver[Incoming], Protocol):
 
         Whoever gets no delivery (the row was lost) gives it back himself.
         """
+
+    def drop(self, header: ReplyHeader) -> None:
+        """The reply `header` belongs to is not wanted: throw away what of it does not come in the HTTP body."""

@@ -9,12 +9,12 @@ that no memory is used again too early. No device is synchronized.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from paceline.schema.features import Features
+from paceline.transport.delivery import RowDelivery
 
 
 class LocalSender:
@@ -38,12 +38,12 @@ class LocalReceiver:
         self._device = device
         self._side_streams: dict[torch.device, torch.cuda.Stream] = {}
 
-    def receive(self, parcel: Features) -> LocalDelivery:
+    def receive(self, parcel: Features) -> RowDelivery:
         """The features on the trainer's device; the same object if they are there already."""
         tensors = parcel.tensors()
         elsewhere = {tensor.device for tensor in tensors.values()} - {self._device}
         if not elsewhere:
-            return LocalDelivery(parcel, (), self._side_stream(self._device))
+            return RowDelivery(parcel, (), self._side_stream(self._device))
         # a copy between two GPUs is queued on the current streams of both
         sides = [side for device in (*elsewhere, self._device) if (side := self._side_stream(device)) is not None]
         with contextlib.ExitStack() as current:
@@ -51,7 +51,7 @@ class LocalReceiver:
                 current.enter_context(torch.cuda.stream(side))
             moved = {name: self._move(tensor) for name, tensor in tensors.items()}
             copied = tuple(side.record_event() for side in sides)
-        return LocalDelivery(_with_tensors(parcel, moved), copied, self._side_stream(self._device))
+        return RowDelivery(_with_tensors(parcel, moved), copied, self._side_stream(self._device))
 
     def _move(self, tensor: Tensor) -> Tensor:
         if tensor.device == self._device:
@@ -73,61 +73,6 @@ class LocalReceiver:
     def close(self) -> None:
         """Forget the copy streams; deliveries hold their own."""
         self._side_streams.clear()
-
-
-class LocalDelivery:
-    """Features in this process, and the copies after which they may be read."""
-
-    def __init__(
-        self, features: Features, copied: tuple[torch.cuda.Event, ...], side: torch.cuda.Stream | None
-    ) -> None:
-        """`copied` is empty when nothing was copied; `side` is a stream of the features' device, None on the CPU."""
-        self.features = features
-        self._copied = copied
-        self._side = side
-        self._taken_on: torch.device | None = None
-        self._last_use: torch.cuda.Event | None = None
-
-    @contextlib.contextmanager
-    def inspect(self) -> Iterator[None]:
-        self._wait_on(self._side)
-        with torch.cuda.stream(self._side):  # None changes nothing
-            yield
-
-    def take(self) -> Features:
-        if self._side is None:
-            self._wait_on(None)
-            return self.features
-        self._taken_on = self._side.device
-        stream = torch.cuda.current_stream(self._taken_on)
-        self._wait_on(stream)
-        for tensor in self.features.tensors().values():
-            tensor.record_stream(stream)
-        return self.features
-
-    def release(self) -> None:
-        if self._taken_on is not None and self._last_use is None:
-            self._last_use = torch.cuda.current_stream(self._taken_on).record_event()
-        hidden = self.features.hidden
-        self.features.hidden = hidden.new_empty((0, *hidden.shape[1:]))
-        self.features.greedy = None
-        self.features.final_hidden = None
-        self.features.final_index = None
-        self.features.logsumexp = None
-
-    def is_free(self) -> bool:
-        return self._last_use is None or self._last_use.query()
-
-    def wait_until_free(self) -> None:
-        if self._last_use is not None:
-            self._last_use.synchronize()
-
-    def _wait_on(self, stream: torch.cuda.Stream | None) -> None:
-        for event in self._copied:
-            if stream is None:
-                event.synchronize()  # on the CPU nothing but the host can wait
-            else:
-                stream.wait_event(event)
 
 
 def _with_tensors(features: Features, tensors: dict[str, Tensor]) -> Features:
