@@ -180,7 +180,7 @@ def test_another_target_under_the_same_name_is_refused_with_both_fingerprints(
     run(config)
     before = content(tmp_path / "again")
     save_tiny_target(moved, seed=1)
-    for attempt in (lambda: run(config), lambda: evaluate_run(config, [])):
+    for attempt in (lambda: run(config), lambda: evaluate_run(config, []), lambda: export_run(config, [])):
         with pytest.raises(
             RunDirectoryError, match=r"was trained against .*weights \w+\), the target is .*weights \w+"
         ):

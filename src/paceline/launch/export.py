@@ -9,8 +9,18 @@ import torch
 from paceline.config.run import RunConfig
 from paceline.config.run_dir import RunDir
 from paceline.export.exporting import export_draft
-from paceline.launch.trained import Which, build_draft, choose_drafts, load_trained, recall_target, recall_token_counts
+from paceline.launch.trained import (
+    Which,
+    build_draft,
+    check_same_target,
+    choose_drafts,
+    load_trained,
+    recall_target,
+    recall_token_counts,
+)
 from paceline.schema.target_info import TargetInfo
+from paceline.target.hf.fingerprint import fingerprint_weights
+from paceline.target.hf.loading import resolve_checkpoint
 from paceline.target.hf.weights import CheckpointWeights
 
 
@@ -19,9 +29,14 @@ def export_run(config: RunConfig, names: list[str], which: Which = "best") -> di
 
     Raises:
         ExportError: what was written, read back, is not what was trained.
+        RunDirectoryError: the run was trained against another target than the one the files hold now.
     """
     run, names = RunDir(Path(config.run_dir)), choose_drafts(config, names)
-    info = recall_target(run)
+    info, target = recall_target(run), config.target
+    # An embedding that is written comes from these files, and the check computes with them.
+    files = resolve_checkpoint(target.model, target.revision, target.trust_remote_code)
+    now = {"name": target.model, "weight_fingerprint": fingerprint_weights(files)}
+    check_same_target(run, info.model_copy(update=now))
     return {name: export_one(config, name, info, which) for name in names}
 
 
