@@ -2,7 +2,7 @@
 
 A head's logits are the largest tensors of draft training: 8,192 slots x 7 depths x 32,000 fp32 would be 7.3 GB.
 Here at most `chunk` rows of them exist at a time, and the gradient with respect to hidden states and weights is
-made while they do; the backward pass only scales it.
+made while they do; the backward pass only scales it. Where no gradient can be asked for, none is made.
 """
 
 from __future__ import annotations
@@ -83,6 +83,7 @@ def soft_cross_entropy(
         pairs: which student row is taught by which teacher row.
         row_weight: fp32[N], one a pair; 0 leaves a pair out.
     """
+    hidden, head = _as_asked(hidden), _as_asked(head)
     total, cross_entropy, predicted = _SoftCrossEntropy.apply(
         hidden, head, teacher_hidden, teacher, pairs, row_weight, compile_chunks
     )
@@ -97,6 +98,7 @@ def hard_cross_entropy(
     Args:
         hidden: [N, H] with graph. labels: int64[N]. row_weight: fp32[N] without a graph. chunk: rows at a time.
     """
+    hidden = _as_asked(hidden)
     total, cross_entropy, predicted = _HardCrossEntropy.apply(hidden, head, labels, row_weight, chunk, compile_chunks)
     return HeadLoss(total, cross_entropy, predicted)
 
@@ -122,30 +124,39 @@ class TeacherPairs:
         return [(t[c], t[c + 1], p[c], p[c + 1]) for c in range(len(t) - 1)]
 
 
+def _as_asked(tensor: Tensor) -> Tensor:
+    """The tensor as autograd will treat it: a function's `needs_input_grad` knows nothing of `torch.no_grad`."""
+    return tensor if torch.is_grad_enabled() else tensor.detach()
+
+
 def _soft_chunk(
     raw: Tensor,
     teacher_raw: Tensor,
     bias: Tensor | None,
     constants: tuple[float, float | None],
     index: Tensor,
-    weight: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross-entropy [n], argmax [n] and gradient of the weighted sum with respect to raw logits [n, D]."""
+    weight: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Cross-entropy [n], argmax [n] and, with a weight, gradient of the weighted sum by raw logits [n, D]."""
     p = torch.softmax(transform_logits(teacher_raw, bias, *constants), -1)[index]
     logits = raw.float()
     lse = torch.logsumexp(logits, -1)
     cross_entropy = lse - (p * logits).sum(-1)
+    if weight is None:
+        return cross_entropy, logits.argmax(-1), None
     gradient = (torch.softmax(logits, -1) - p) * weight[:, None]
     return cross_entropy, logits.argmax(-1), gradient.to(raw.dtype)
 
 
 def _hard_chunk(
-    raw: Tensor, bias: Tensor | None, constants: tuple[float, float | None], labels: Tensor, weight: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+    raw: Tensor, bias: Tensor | None, constants: tuple[float, float | None], labels: Tensor, weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     scale, soft_cap = constants
     logits = transform_logits(raw, bias, scale, soft_cap)
     lse = torch.logsumexp(logits, -1)
     cross_entropy = lse - logits.gather(-1, labels[:, None])[:, 0]
+    if weight is None:
+        return cross_entropy, logits.argmax(-1), None
     is_label = torch.arange(raw.shape[-1], device=raw.device) == labels[:, None]
     gradient = (torch.softmax(logits, -1) - is_label.float()) * weight[:, None]
     if soft_cap is not None:
@@ -174,9 +185,10 @@ class _SoftCrossEntropy(torch.autograd.Function):
         num_pairs = len(pairs.student)
         cross_entropy = torch.empty(num_pairs, device=hidden.device)
         predicted = torch.empty(num_pairs, dtype=torch.int64, device=hidden.device)
-        grad_hidden = torch.zeros_like(hidden)
+        with_gradient = any(ctx.needs_input_grad[:2])
+        grad_hidden = torch.zeros_like(hidden if with_gradient else hidden[:0])
         # fp32: a bf16 sum over many chunks would lose the small contributions of each.
-        grad_head = torch.zeros_like(head, dtype=torch.float32)
+        grad_head = torch.zeros_like(head if with_gradient else head[:0], dtype=torch.float32)
         for teacher_start, teacher_end, start, end in pairs.chunks:
             students = pairs.student[start:end]
             states = hidden[students]
@@ -186,10 +198,11 @@ class _SoftCrossEntropy(torch.autograd.Function):
                 teacher.bias,
                 teacher.constants,
                 pairs.teacher[start:end] - teacher_start,
-                row_weight[start:end],
+                row_weight[start:end] if with_gradient else None,
             )
-            grad_hidden[students] = gradient @ head
-            _add_product(grad_head, gradient.T, states)
+            if gradient is not None:
+                grad_hidden[students] = gradient @ head
+                _add_product(grad_head, gradient.T, states)
         ctx.save_for_backward(grad_hidden, grad_head.to(head.dtype))
         ctx.mark_non_differentiable(cross_entropy, predicted)
         return (cross_entropy * row_weight).sum(), cross_entropy, predicted
@@ -209,13 +222,19 @@ class _HardCrossEntropy(torch.autograd.Function):
         chunk_loss = _compiled(_hard_chunk) if compile_chunks else _hard_chunk
         cross_entropy = torch.empty(len(hidden), device=hidden.device)
         predicted = torch.empty(len(hidden), dtype=torch.int64, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden)
+        with_gradient = ctx.needs_input_grad[0]
+        grad_hidden = torch.empty_like(hidden if with_gradient else hidden[:0])
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
             cross_entropy[part], predicted[part], gradient = chunk_loss(
-                hidden[part] @ head.weight.T, head.bias, head.constants, labels[part], row_weight[part]
+                hidden[part] @ head.weight.T,
+                head.bias,
+                head.constants,
+                labels[part],
+                row_weight[part] if with_gradient else None,
             )
-            grad_hidden[part] = gradient @ head.weight
+            if gradient is not None:
+                grad_hidden[part] = gradient @ head.weight
         ctx.save_for_backward(grad_hidden)
         ctx.mark_non_differentiable(cross_entropy, predicted)
         return (cross_entropy * row_weight).sum(), cross_entropy, predicted
