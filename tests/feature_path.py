@@ -6,11 +6,14 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 
 from paceline.client.connection import Connection, LocalConnection
 from paceline.client.pool import FeaturePool
+from paceline.client.server_list import FixedServers
+from paceline.config.placement import PoolConfig
 from paceline.errors import ServerBusyError, TransportError
 from paceline.schema.features import FeatureSpec
 from paceline.schema.rows import RowRequest
@@ -30,18 +33,27 @@ def local_connection(admission: Admission, name: str = "server-0") -> Connection
     return LocalConnection(admission, LocalSender(), LocalReceiver(torch.device("cpu")), name)
 
 
+def fixed(*connections: Connection) -> FixedServers:
+    """Servers that are connected once, by `connections`."""
+    return FixedServers({connection.name: partial(_same, connection) for connection in connections})
+
+
+def _same(connection: Connection) -> Connection:
+    return connection
+
+
 @contextmanager
 def open_pool(
     engines: SmallEngine | Sequence[SmallEngine],
     faults: Mapping[int, Sequence[str]] | None = None,
-    row_retries: int = 5,
+    **settings: float,
 ) -> Iterator[FeaturePool]:
-    """A pool over one server an engine; `faults` are of the first."""
+    """A pool over one server an engine; `faults` are of the first, `settings` of the pool."""
     engines = [engines] if isinstance(engines, SmallEngine) else engines
     admissions = [Admission(engine) for engine in engines]
     connections = [local_connection(admission, f"server-{i}") for i, admission in enumerate(admissions)]
     connections[0] = FaultyConnection(connections[0], faults or {})
-    pool = FeaturePool(connections, SPECS, row_retries)
+    pool = FeaturePool(fixed(*connections), SPECS, PoolConfig.model_validate(settings))
     try:
         yield pool
     finally:
@@ -76,6 +88,9 @@ class FaultyConnection:
 
     def open_session(self, specs: Mapping[str, FeatureSpec]) -> None:
         self._connection.open_session(specs)
+
+    def abort(self) -> None:
+        self._connection.abort()
 
     def close(self) -> None:
         self._connection.close()

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from feature_path import SPECS, local_connection, open_pool
+from feature_path import SPECS, fixed, local_connection, open_pool
 from paceline.client.budget import PrefetchBudget
 from paceline.client.pool import FeaturePool
 from paceline.client.stream import FeatureStream
+from paceline.config.placement import PoolConfig
 from paceline.errors import CaptureMismatchError, CheckpointError, ConfigError, StoppedError, TransportError
 from paceline.schema.features import FeatureRow, Features
 from paceline.schema.layout import reply_bytes
@@ -30,6 +31,10 @@ def training(
 ) -> FeatureStream:
     budget = budget or PrefetchBudget(4, 1 << 20)
     return FeatureStream(small_row, pool, budget, "training", range(stop), row_timeout_s=row_timeout_s)
+
+
+def open_one(admission: Admission) -> FeaturePool:
+    return FeaturePool(fixed(local_connection(admission)), SPECS, PoolConfig())
 
 
 def held_out_row(position: int) -> Row:
@@ -309,7 +314,7 @@ def test_a_deep_look_ahead_of_one_session_does_not_starve_another() -> None:
     engine = SmallEngine(num_slots=1)
     engine.hold(1)
     admission = Admission(engine)
-    deep_pool, shallow_pool = (FeaturePool([local_connection(admission)], SPECS) for _ in range(2))
+    deep_pool, shallow_pool = (open_one(admission) for _ in range(2))
     deep = FeatureStream(small_row, deep_pool, PrefetchBudget(60, 1 << 20), "training", range(60))
     shallow = FeatureStream(held_out_row, shallow_pool, PrefetchBudget(10, 1 << 20), "evaluation", range(10))
     next(deep)  # 60 rows are asked for; the second one keeps the engine until the shallow stream has asked

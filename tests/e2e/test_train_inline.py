@@ -202,8 +202,8 @@ def test_rows_in_flight_never_exceed_the_bound_but_for_one_of_evaluation(
 def test_a_look_ahead_deeper_than_the_usual_queue_is_queued_whole(base: RunConfig, tmp_path: Path) -> None:
     """A refused row is only asked for later, so nothing but its count and the time lost would show it."""
     config = another(base, tmp_path, transport__prefetch_rows=160)
-    with open_inline_target(config, torch.device("cpu")) as (connection, info):
-        pool = FeaturePool([connection], feature_specs(config, info))
+    with open_inline_target(config, torch.device("cpu")) as (servers, info):
+        pool = FeaturePool(servers, feature_specs(config, info), config.pool, info)
         try:
             # Long rows: they are all asked for before the target is done with the first few.
             rows = [dataclasses.replace(tiny_request((512,), seed), spec="training") for seed in range(160)]

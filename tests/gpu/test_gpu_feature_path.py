@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from feature_path import SPECS
+from feature_path import SPECS, fixed
 from paceline.client.budget import PrefetchBudget
 from paceline.client.connection import LocalConnection
 from paceline.client.pool import FeaturePool
 from paceline.client.stream import FeatureStream
+from paceline.config.placement import PoolConfig
 from paceline.schema.features import Features, FeatureSpec
 from paceline.schema.rows import Row, RowRequest
 from paceline.target.admission import Admission
@@ -57,12 +58,16 @@ def long_row(position: int) -> Row:
     return row
 
 
+def open_one(connection: LocalConnection[Features]) -> FeaturePool:
+    return FeaturePool(fixed(connection), SPECS, PoolConfig())
+
+
 def run(engine_device: str, trainer_device: str, budget: PrefetchBudget, num_rows: int = 150) -> DeviceEngine:
     """Train rows with work that reads them long after the host has gone on; every sum must be right."""
     engine = DeviceEngine(engine_device)
     admission = Admission(engine)
     receiver = SlowCopies(torch.device(trainer_device))
-    pool = FeaturePool([LocalConnection(admission, LocalSender(), receiver)], SPECS)
+    pool = open_one(LocalConnection(admission, LocalSender(), receiver))
     stream = FeatureStream(long_row, pool, budget, "training", range(num_rows))
     # on the device beforehand: a copy from pageable memory would hold the host back in every row
     expected = {
@@ -110,7 +115,7 @@ def test_the_path_never_synchronizes_the_device() -> None:
     """A trainer's stream is busy for long; rows for it keep coming all the same."""
     engine = DeviceEngine("cuda")
     admission = Admission(engine)
-    pool = FeaturePool([LocalConnection(admission, LocalSender(), LocalReceiver(torch.device("cuda")))], SPECS)
+    pool = open_one(LocalConnection(admission, LocalSender(), LocalReceiver(torch.device("cuda"))))
     stream = FeatureStream(long_row, pool, PrefetchBudget(4, 1 << 30), "training", range(8))
     with torch.cuda.stream(torch.cuda.Stream()):
         next(stream)

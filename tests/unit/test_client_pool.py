@@ -8,8 +8,9 @@ from concurrent.futures import Future
 
 import pytest
 
-from feature_path import SPECS, local_connection, open_pool
+from feature_path import SPECS, fixed, local_connection, open_pool
 from paceline.client.pool import FeaturePool
+from paceline.config.placement import PoolConfig
 from paceline.errors import (
     CaptureMismatchError,
     ConfigError,
@@ -149,7 +150,7 @@ def test_closing_fails_the_rows_still_out_and_drops_what_comes_late() -> None:
     engine = SmallEngine()
     engine.hold(4)
     admission = Admission(engine)
-    pool = FeaturePool([local_connection(admission)], SPECS)
+    pool = FeaturePool(fixed(local_connection(admission)), SPECS, PoolConfig())
     answer = pool.submit(request(4))
     while not engine.submitted:
         time.sleep(0.001)
@@ -178,14 +179,18 @@ def test_features_nobody_registered_are_refused() -> None:
 def test_a_server_of_another_target_is_refused_before_any_session_is_open() -> None:
     engines = [SmallEngine(), SmallEngine(info=small_info(weight_fingerprint="w2"))]
     admissions = [Admission(engine, max_sessions=1) for engine in engines]
-    connections = [local_connection(admission, f"server-{i}") for i, admission in enumerate(admissions)]
+
+    def open_these(num_servers: int, specs: dict[str, FeatureSpec] = SPECS, **expected: object) -> FeaturePool:
+        connections = [local_connection(admission, f"server-{i}") for i, admission in enumerate(admissions)]
+        return FeaturePool(fixed(*connections[:num_servers]), specs, PoolConfig(), small_info(**expected))
+
     with pytest.raises(HandshakeError, match="weight_fingerprint: server-1 has 'w2', this run expects 'w'"):
-        FeaturePool(connections, SPECS)
+        open_these(2)
     with pytest.raises(HandshakeError, match="weight_fingerprint: server-0 has 'w', this run expects 'w3'"):
-        FeaturePool(connections[:1], SPECS, expected=small_info(weight_fingerprint="w3"))
+        open_these(1, weight_fingerprint="w3")
     with pytest.raises(HandshakeError, match=r"layers \[6\]"):
-        FeaturePool(connections[:1], {"training": FeatureSpec((6,))})
-    FeaturePool(connections[:1], SPECS).close()  # no session was left behind
+        open_these(1, {"training": FeatureSpec((6,))})
+    open_these(1).close()  # no session was left behind
     for admission, engine in zip(admissions, engines, strict=True):
         admission.close()
         engine.close()

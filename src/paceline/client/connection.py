@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from concurrent.futures import Future
 from functools import partial
 from typing import Generic, Protocol, TypeVar
 
-from paceline.errors import StoppedError
+from paceline.errors import ServerLostError, StoppedError
 from paceline.schema.features import Features, FeatureSpec
 from paceline.schema.rows import RowRequest
 from paceline.schema.target_info import TargetInfo
@@ -37,8 +38,12 @@ class Connection(Protocol):
     def request(self, request: RowRequest) -> Future[Delivery]:
         """Ask for one row; answers come in any order, on any thread.
 
-        The future fails with TransportError for a row that is worth asking for again (ServerBusyError: later).
+        The future fails with TransportError for a row that is worth asking for again (ServerBusyError: later;
+        ServerLostError: the server is gone with every row it had).
         """
+
+    def abort(self) -> None:
+        """Fail every row not yet answered with ServerLostError, now; nothing but `close` may follow. Safe twice."""
 
     def close(self) -> None:
         """Release the session; rows not yet answered fail with StoppedError. Safe to call twice."""
@@ -67,6 +72,11 @@ class LocalConnection(Generic[ParcelT]):
         self._sender = sender
         self._receiver = receiver
         self._session: str | None = None
+        self._lock = threading.Lock()
+        """Guards what `abort` touches: `_outstanding`, `_aborted`."""
+        self._outstanding: dict[Future[Delivery], int] = {}
+        """Answers not yet given -> position."""
+        self._aborted = False
         self._closed = False
 
     @property
@@ -86,22 +96,46 @@ class LocalConnection(Generic[ParcelT]):
         assert self._session is not None, "open_session comes first"
         answer: Future[Delivery] = Future()
         answer.set_running_or_notify_cancel()
-        captured = self._server.submit(self._session, request)
+        with self._lock:
+            if self._aborted:
+                raise ServerLostError(f"{self._name} was given up: row {request.position} is not asked for")
+            self._outstanding[answer] = request.position
+        try:
+            captured = self._server.submit(self._session, request)
+        except BaseException:
+            self._take_back(answer)
+            raise
         captured.add_done_callback(partial(self._deliver, answer, request.position))
         return answer
 
     def _deliver(self, answer: Future[Delivery], position: int, captured: Future[Features]) -> None:
         error = captured.exception()
-        if error is not None:
+        delivery: Delivery | None = None
+        if error is None:
+            try:
+                delivery = self._receiver.receive(self._sender.send(position, captured.result()))
+            except BaseException as failure:
+                # an error in a callback is lost; it belongs to whoever waits for the row
+                error = failure
+        if not self._take_back(answer):
+            if delivery is not None:
+                delivery.release()
+        elif delivery is not None:
+            answer.set_result(delivery)
+        else:
             answer.set_exception(error)
-            return
-        try:
-            delivery = self._receiver.receive(self._sender.send(position, captured.result()))
-        except BaseException as failure:
-            # an error in a callback is lost; it belongs to whoever waits for the row
-            answer.set_exception(failure)
-            return
-        answer.set_result(delivery)
+
+    def _take_back(self, answer: Future[Delivery]) -> bool:
+        """Whether the caller is the one to answer: whoever takes it back first is."""
+        with self._lock:
+            return self._outstanding.pop(answer, None) is not None
+
+    def abort(self) -> None:
+        with self._lock:
+            self._aborted = True
+            outstanding, self._outstanding = self._outstanding, {}
+        for answer, position in outstanding.items():
+            answer.set_exception(ServerLostError(f"{self._name} was given up before row {position} came"))
 
     def close(self) -> None:
         if self._closed:

@@ -2,74 +2,55 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import logging
 import random
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
 from functools import partial
 
-from paceline.client.checks import check_reply, check_specs, check_target
-from paceline.client.connection import Connection
-from paceline.errors import ConfigError, PacelineError, ServerBusyError, StoppedError, TransportError
+from paceline.client.assignments import Assignments, Attempt, Link, Order
+from paceline.client.checks import check_reply
+from paceline.client.clock import Clock
+from paceline.client.closing import Closing
+from paceline.client.membership import Membership
+from paceline.client.pool_stats import AnswerTimes, PoolStats, PoolTotals, ServerStats, ServerTotals
+from paceline.client.server_list import ServerList
+from paceline.config.placement import PoolConfig
+from paceline.errors import (
+    ConfigError,
+    DamagedError,
+    PacelineError,
+    RowKillsServersError,
+    ServerBusyError,
+    ServerLostError,
+    StoppedError,
+    TransportError,
+)
 from paceline.schema.features import FeatureSpec
 from paceline.schema.rows import RowRequest
 from paceline.schema.target_info import TargetInfo
 from paceline.transport.base import Delivery
 
-_FIRST_BACKOFF_S = 0.02
-_LONGEST_BACKOFF_S = 2.0
+_FIRST_PAUSE_S = 0.02
+_LONGEST_PAUSE_S = 2.0
+_LONGEST_BUSY_S = 30.0
+"""A server may ask for more patience than this; it is asked all the same."""
+_LOOK_EVERY_S = 0.1
 _logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class PoolStats:
-    """Totals since the pool was opened."""
-
-    rows_received: int = 0
-    bytes_received: int = 0
-    rows_retried: int = 0
-    """Rows asked for again because a reply was lost or damaged."""
-    busy_replies: int = 0
-    """Requests refused by a full queue, and made again later."""
-    late_replies: int = 0
-    """Replies to rows already answered or given up; dropped."""
-    queued_s: float = 0.0
-    """Time rows waited at servers."""
-    computed_s: float = 0.0
-    """Time servers computed."""
-
-
-@dataclass(slots=True, eq=False)
-class _Member:
-    connection: Connection
-    tokens_outstanding: int = 0
-
-
-@dataclass(slots=True, eq=False)
-class _Order:
-    """A row somebody waits for, over all attempts."""
-
-    request: RowRequest
-    spec: FeatureSpec
-    answer: Future[Delivery]
-    num_lost: int = 0
-    num_refused: int = 0
-    over: bool = False
-
-
-@dataclass(slots=True, eq=False)
-class _Attempt:
-    """One time a row was asked of one server."""
-
-    order: _Order
-    member: _Member
-    outstanding: bool = True
-
-
 class FeaturePool:
-    """Features of rows from several interchangeable servers.
+    """Features of rows from several interchangeable servers, which may die, hang, return, join and leave.
+
+    consumes: rows of any thread      waits for: replies; a server, when none is up
+    unblocked by: a reply, a server's death (its rows go elsewhere), a server that joins, close()
+
+    A row goes to the server with the least work outstanding. One that takes too long is asked for from a second server
+    as well, and the first valid reply counts. A row that was in flight at three deaths of servers is asked for alone.
 
     Thread-safe. Replies are checked on the thread that brings them; no lock is held while a server or a waiter is
     called.
@@ -77,39 +58,51 @@ class FeaturePool:
 
     def __init__(
         self,
-        connections: Sequence[Connection],
+        servers: ServerList,
         specs: Mapping[str, FeatureSpec],
-        row_retries: int = 5,
+        settings: PoolConfig,
         expected: TargetInfo | None = None,
+        *,
+        log_every_s: float = 30.0,
     ) -> None:
-        """Open a session on each of `connections`, which the pool closes.
+        """Return when one server is up; the others join when they can.
 
         Args:
             specs: what rows may ask for, by name.
-            row_retries: how often a row that was lost is asked for again.
-            expected: the target that the run was prepared for; None takes the first server's.
+            expected: the target that the run was prepared for; None takes that of the first server that answers.
+            log_every_s: a wait for servers says so this often.
 
         Raises:
             HandshakeError: a server has another target than expected, or lacks a capture layer.
+            AuthorizationError: a server refuses our token.
+            ServerLostError: no server was up within `settings.all_down_timeout_s`; names the reason of each.
         """
-        assert connections, "a pool needs a server"
-        self._info = expected if expected is not None else connections[0].info()
         self._specs = dict(specs)
-        self._row_retries = row_retries
-        self._members = [_Member(connection) for connection in connections]
-        self._orders: set[_Order] = set()
-        self._stats = PoolStats()
+        self._settings = settings
+        self._log_every_s = log_every_s
         self._lock = threading.Lock()
-        self._closed = False
-        for connection in connections:
-            check_target(connection.name, connection.info(), self._info)
-            check_specs(connection.name, connection.info(), specs)
+        """Guards everything below, down to `_ended`."""
+        self._rows = Assignments()
+        self._orders: set[Order] = set()
+        """Those not over."""
+        self._order_numbers = itertools.count()
+        self._totals = PoolTotals()
+        self._server_totals: dict[str, ServerTotals] = {}
+        self._answer_times = AnswerTimes()
+        self._none_up_since: float | None = time.monotonic()
+        self._next_log = 0.0
+        self._ended: BaseException | None = None
+        """Why no row is taken any more: `close`, or a bug."""
+        self._dispatching = threading.local()
+        self._closing = Closing(self.fail)
+        self._clock = Clock("pool-clock", self.fail)
+        self._membership = Membership(servers, specs, expected, self._closing, self)
         try:
-            for connection in connections:
-                connection.open_session(specs)
-        except PacelineError:
+            self._info = self._membership.wait_for_first(settings.all_down_timeout_s, log_every_s)
+        except BaseException:
             self.close()
             raise
+        self._look()
 
     @property
     def info(self) -> TargetInfo:
@@ -118,7 +111,25 @@ class FeaturePool:
 
     @property
     def stats(self) -> PoolStats:
-        return self._stats
+        with self._lock:
+            links = self._rows.links
+            servers = {}
+            for name, totals in self._server_totals.items():
+                link = links.get(name)
+                servers[name] = ServerStats(
+                    totals=dataclasses.replace(totals),
+                    up=link is not None,
+                    rows_outstanding=len(link.attempts) if link is not None else 0,
+                    tokens_outstanding=link.tokens_outstanding if link is not None else 0,
+                )
+            return PoolStats(
+                **dataclasses.asdict(self._totals),
+                rows_waiting=len(self._rows.waiting),
+                servers_up=len(links),
+                answer_p50_s=self._answer_times.percentile(50),
+                answer_p95_s=self._answer_times.percentile(95),
+                servers=servers,
+            )
 
     def spec(self, name: str) -> FeatureSpec:
         """The features registered under `name`.
@@ -134,150 +145,332 @@ class FeaturePool:
         """The row's checked features.
 
         The future fails with CaptureMismatchError for an intact reply that is wrong, TransportError when the row was
-        lost more than `row_retries` times, StoppedError after `close`, or the server's own error.
+        lost more than `row_retries` times, RowKillsServersError when servers die of it, ServerLostError when no
+        server was up for `all_down_timeout_s`, StoppedError after `close`, or the server's own error.
         """
-        order = _Order(request, self.spec(request.spec), Future())
-        order.answer.set_running_or_notify_cancel()
+        spec = self.spec(request.spec)
         with self._lock:
-            if self._closed:
+            if isinstance(self._ended, StoppedError):
                 raise StoppedError(f"the pool is closed: row {request.position} is not asked for")
+            if self._ended is not None:
+                raise self._ended
+            order = Order(request, spec, Future(), next(self._order_numbers))
+            order.answer.set_running_or_notify_cancel()
             self._orders.add(order)
-        self._ask(order)
+            self._rows.wait(order)
+        self._dispatch()
         return order.answer
 
     def close(self) -> None:
-        """Release all sessions; rows not yet answered fail with StoppedError. Safe to call twice."""
+        """Release all sessions; rows not yet answered fail with StoppedError. Safe to call twice, on any thread."""
+        self._end(StoppedError("the pool was closed"))
+        threads = self._membership.close()
         with self._lock:
-            self._closed = True
-            orders = list(self._orders)
-        for order in orders:
-            self._fail(order, StoppedError(f"the pool was closed before row {order.request.position} came"))
-        for member in self._members:
-            member.connection.close()
+            links = [*self._rows.links.values(), *self._rows.leaving]
+            self._rows.links.clear()
+            self._rows.leaving.clear()
+        for link in links:
+            self._closing.close(link.name, link.connection)
+        self._closing.wait([*threads, *self._clock.close()])
 
-    def _ask(self, order: _Order, avoid: _Member | None = None) -> None:
-        """Ask the server with the least work outstanding; the one that just lost the row only if there is no other."""
+    def join(self, link: Link) -> None:
+        """Called by the membership: a session is open."""
         with self._lock:
-            if order.over:
-                return
-            others = [member for member in self._members if member is not avoid] or self._members
-            member = min(others, key=lambda candidate: candidate.tokens_outstanding)
-            member.tokens_outstanding += len(order.request.tokens)
-            attempt = _Attempt(order, member)
+            wanted = not link.leaving and self._ended is None
+            if wanted:
+                self._rows.links[link.name] = link
+                self._server_totals.setdefault(link.name, ServerTotals())
+                self._none_up_since, self._next_log = None, 0.0
+        if not wanted:
+            self._closing.close(link.name, link.connection)
+        self._dispatch()
+
+    def leave(self, link: Link) -> None:
+        """Called by the membership: the server was taken from the list."""
+        with self._lock:
+            joined = self._rows.links.get(link.name) is link
+            link.leaving = True
+            if joined:
+                self._rows.leave(link)
+                self._note_whether_any_is_up()
+        if joined:
+            self._close_if_left(link)
+            self._dispatch()
+
+    def fail(self, error: BaseException) -> None:
+        """Called by threads of the pool: a bug, for those who wait for rows."""
+        self._end(error)
+
+    def _end(self, reason: BaseException) -> None:
+        with self._lock:
+            if self._ended is None:
+                self._ended = reason
+            orders = sorted(self._orders, key=lambda order: order.place)
+        for order in orders:
+            error = reason
+            if isinstance(reason, StoppedError):
+                error = StoppedError(f"the pool was closed before row {order.request.position} came")
+            self._fail(order, error)
+
+    def _dispatch(self) -> None:
+        """Ask for every row that waits and that a server can be asked for now, in order of their positions."""
+        if getattr(self._dispatching, "active", False):
+            return  # this thread does it already, further up its stack: a request failed at once
+        self._dispatching.active = True
         try:
-            reply = member.connection.request(order.request)
-        except PacelineError as error:
-            self._count_back(attempt)
-            self._handle_failure(attempt, error)
+            while True:
+                with self._lock:
+                    attempt = self._rows.next_attempt(time.monotonic())
+                if attempt is None:
+                    return
+                self._send(attempt)
+        finally:
+            self._dispatching.active = False
+
+    def _send(self, attempt: Attempt) -> None:
+        try:
+            reply = attempt.link.connection.request(attempt.order.request)
+        except BaseException as error:
+            # on whatever thread this is, the error belongs to whoever waits for the row
+            self._on_error(attempt, error)
             return
         reply.add_done_callback(partial(self._on_reply, attempt))
 
-    def _on_reply(self, attempt: _Attempt, reply: Future[Delivery]) -> None:
+    def _on_reply(self, attempt: Attempt, reply: Future[Delivery]) -> None:
         """Settle one attempt. An error in a callback is lost, so every one goes to whoever waits for the row."""
-        if not self._count_back(attempt):
-            self._count_late()  # the same reply told twice; the first telling has settled it
+        with self._lock:
+            repeated, attempt.answered = attempt.answered, True
+            if repeated:
+                self._totals.late_replies += 1  # the same reply told twice; the first telling has settled it
+        if repeated:
             return
         if reply.cancelled():
-            self._fail(attempt.order, StoppedError(f"row {attempt.order.request.position} was cancelled"))
+            self._on_error(attempt, StoppedError(f"row {attempt.order.request.position} was cancelled"))
             return
         error = reply.exception()
         if error is not None:
-            self._handle_failure(attempt, error)
+            self._on_error(attempt, error)
             return
+        with self._lock:
+            # False when its server was given up: the row has gone elsewhere
+            counts = self._rows.settle(attempt) and not attempt.order.over
         try:
-            self._accept(attempt, reply.result())
+            if counts:
+                self._check(attempt, reply.result())
+            self._accept(attempt, reply.result(), counts)
         except BaseException as failure:
-            self._handle_failure(attempt, failure)
+            reply.result().release()
+            self._fail(attempt.order, self._with_note(attempt, failure))
+        self._after(attempt)
 
-    def _accept(self, attempt: _Attempt, delivery: Delivery) -> None:
+    def _check(self, attempt: Attempt, delivery: Delivery) -> None:
         order = attempt.order
-        if not order.over:
-            with delivery.inspect():
-                server = attempt.member.connection.name
-                check_reply(server, order.request, order.spec, self._info, delivery.features)
-        if not self._finish(order):
-            self._count_late()
+        with delivery.inspect():
+            check_reply(attempt.link.name, order.request, order.spec, self._info, delivery.features)
+
+    def _accept(self, attempt: Attempt, delivery: Delivery, counts: bool) -> None:
+        """Answer the order, if this is the first reply to it that counts; drop the delivery otherwise."""
+        order, link, features = attempt.order, attempt.link, delivery.features
+        answer_s = time.monotonic() - attempt.since
+        with self._lock:
+            first = counts and self._finish(order)
+            totals, server = self._totals, self._server_totals[link.name]
+            if first:
+                link.num_refusals, link.paused_until = 0, 0.0
+                self._answer_times.add(answer_s)
+                totals.rows_received += 1
+                totals.bytes_received += features.num_bytes
+                totals.transfer_s += features.transfer_s
+                totals.hedges_won += attempt.is_hedge
+                server.rows += 1
+                server.tokens += features.num_tokens
+                server.answer_s += answer_s
+                for each in (totals, server):
+                    each.queued_s += features.queued_s
+                    each.computed_s += features.computed_s
+            else:
+                totals.late_replies += 1
+        if not first:
             delivery.release()
             return
-        features = delivery.features
-        with self._lock:
-            stats = self._stats
-            self._stats = replace(
-                stats,
-                rows_received=stats.rows_received + 1,
-                bytes_received=stats.bytes_received + features.num_bytes,
-                queued_s=stats.queued_s + features.queued_s,
-                computed_s=stats.computed_s + features.computed_s,
-            )
+        self._membership.proved(link)
         order.answer.set_result(delivery)
 
-    def _handle_failure(self, attempt: _Attempt, error: BaseException) -> None:
-        order, server = attempt.order, attempt.member.connection.name
+    def _on_error(self, attempt: Attempt, error: BaseException) -> None:
+        """One attempt brought no features: the row is asked for again, later, elsewhere, or given up."""
+        if isinstance(error, ServerLostError):
+            self._lose(attempt.link, error)
+            return
+        with self._lock:
+            if not self._rows.settle(attempt):
+                return  # its server was given up, and the row has gone elsewhere
         if isinstance(error, ServerBusyError):
-            self._ask_later(order)
+            self._ask_later(attempt, error)
         elif isinstance(error, PacelineError) and error.retryable:
             self._ask_again(attempt, error)
         else:
-            if not isinstance(error, StoppedError):
-                error.add_note(f"row at position {order.request.position}, features {order.request.spec!r}, {server}")
-            self._fail(order, error)
+            self._fail(attempt.order, self._with_note(attempt, error))
+        self._after(attempt)
 
-    def _ask_again(self, attempt: _Attempt, error: PacelineError) -> None:
-        order, server = attempt.order, attempt.member.connection.name
+    def _with_note(self, attempt: Attempt, error: BaseException) -> BaseException:
+        if not isinstance(error, StoppedError):
+            request = attempt.order.request
+            error.add_note(f"row at position {request.position}, features {request.spec!r}, {attempt.link.name}")
+        return error
+
+    def _after(self, attempt: Attempt) -> None:
+        """A server has one row less: it may leave, or take one that waits."""
+        self._close_if_left(attempt.link)
+        self._dispatch()
+
+    def _ask_again(self, attempt: Attempt, error: PacelineError) -> None:
+        order, server, most = attempt.order, attempt.link.name, self._settings.row_retries
         with self._lock:
             if order.over:
                 return
             order.num_lost += 1
-            exhausted = order.num_lost > self._row_retries
+            order.avoid = attempt.link
+            exhausted = order.num_lost > most and not order.attempts
+            # the first time at once: most faults are over by then; then slower and slower
+            pause_s = 0.0 if order.num_lost < 2 else _backoff_s(order.num_lost - 2)
+            order.not_before = time.monotonic() + pause_s
+            self._totals.damaged_replies += isinstance(error, DamagedError)
+            self._totals.rows_retried += not exhausted
             if not exhausted:
-                self._stats = replace(self._stats, rows_retried=self._stats.rows_retried + 1)
+                self._rows.wait(order)
         if exhausted:
             lost = TransportError(
-                f"row {order.request.position} was lost {order.num_lost} times (asked for again "
-                f"{self._row_retries} times at most); the last time by {server}: {error}"
+                f"row {order.request.position} was lost {order.num_lost} times (asked for again {most} times at most); "
+                f"the last time by {server}: {error}"
             )
             lost.__cause__ = error
             self._fail(order, lost)
             return
+        text = "row %d was lost by %s and is asked for again (%d of %d): %s"
+        _logger.warning(text, order.request.position, server, order.num_lost, most, error)
+        self._clock.call_at(order.not_before, self._dispatch)
+
+    def _ask_later(self, attempt: Attempt, error: ServerBusyError) -> None:
+        """A full queue is no fault of the row; the server is left alone for a while."""
+        link = attempt.link
+        with self._lock:
+            self._totals.busy_replies += 1
+            pause_s = _backoff_s(link.num_refusals)
+            if error.retry_after_s is not None:
+                pause_s = min(max(error.retry_after_s, 0.0), _LONGEST_BUSY_S) * random.uniform(1.0, 1.2)
+            link.num_refusals += 1
+            link.paused_until = time.monotonic() + pause_s
+            self._rows.wait(attempt.order)
+        self._clock.call_at(link.paused_until, self._dispatch)
+
+    def _lose(self, link: Link, error: ServerLostError) -> None:
+        """A server is lost with every row it had: they go to the others, and it is connected anew."""
+        with self._lock:
+            if not link.alive:
+                return
+            link.alive = False
+            attempts = self._rows.remove(link)
+            self._totals.server_deaths += 1
+            self._server_totals[link.name].deaths += 1
+            killed = []
+            for attempt in attempts:
+                order = attempt.order
+                order.deaths.append(link.name)
+                if attempt.alone:
+                    killed.append(order)
+                elif not order.over and not order.attempts:
+                    self._totals.rows_moved += 1
+                    self._rows.wait(order)
+            self._note_whether_any_is_up()
         _logger.warning(
-            "row %d was lost by %s and is asked for again (%d of %d): %s",
-            order.request.position,
-            server,
-            order.num_lost,
-            self._row_retries,
-            error,
+            "%s is lost with %d rows outstanding, which are asked for elsewhere: %s", link.name, len(attempts), error
         )
-        self._ask(order, avoid=attempt.member)
+        self._membership.lost(link, error)
+        self._closing.close(link.name, link.connection, abort=True)
+        for order in killed:
+            self._fail(order, _kills_servers(order, error))
+        self._dispatch()
 
-    def _ask_later(self, order: _Order) -> None:
-        """A full queue is no fault of the row: it is tried until whoever waits for it gives up."""
+    def _close_if_left(self, link: Link) -> None:
         with self._lock:
-            self._stats = replace(self._stats, busy_replies=self._stats.busy_replies + 1)
-            backoff_s = min(_FIRST_BACKOFF_S * 2.0 ** min(order.num_refused, 30), _LONGEST_BACKOFF_S)
-            order.num_refused += 1
-        timer = threading.Timer(backoff_s * random.uniform(0.5, 1.5), self._ask, (order,))
-        timer.daemon = True
-        timer.start()
+            left = link in self._rows.leaving and not link.attempts
+            if left:
+                self._rows.leaving.discard(link)
+        if left:
+            self._closing.close(link.name, link.connection)
 
-    def _count_back(self, attempt: _Attempt) -> bool:
-        """Whether this is the first answer to the attempt."""
+    def _note_whether_any_is_up(self) -> None:
+        if not self._rows.links and self._none_up_since is None:
+            self._none_up_since = time.monotonic()
+
+    def _look(self) -> None:
+        """Ten times a second: rows that take too long, and servers that stay away."""
+        self._hedge()
+        self._check_servers()
+        self._clock.call_at(time.monotonic() + _LOOK_EVERY_S, self._look)
+
+    def _hedge(self) -> None:
+        settings = self._settings
         with self._lock:
-            first, attempt.outstanding = attempt.outstanding, False
-            if first:
-                attempt.member.tokens_outstanding -= len(attempt.order.request.tokens)
-        return first
+            limit_s = self._answer_times.limit_s(settings.hedge_factor, settings.hedge_after_rows)
+            if limit_s is None or len(self._rows.links) < 2:
+                return
+            hedges = list(self._rows.hedges(time.monotonic(), limit_s))
+            self._totals.rows_hedged += len(hedges)
+        for hedge in hedges:
+            _logger.info(
+                "row %d has been out for more than %.1f s: %s is asked as well",
+                hedge.order.request.position,
+                limit_s,
+                hedge.link.name,
+            )
+            self._send(hedge)
 
-    def _count_late(self) -> None:
+    def _check_servers(self) -> None:
+        """With no server up and rows that wait: say so, and after `all_down_timeout_s` end."""
+        now = time.monotonic()
         with self._lock:
-            self._stats = replace(self._stats, late_replies=self._stats.late_replies + 1)
+            orders = list(self._rows.waiting)
+            since = self._none_up_since
+            if since is None or not orders:
+                return
+            over = now - since >= self._settings.all_down_timeout_s
+            if not over and now < self._next_log:
+                return
+            self._next_log = now + self._log_every_s
+        text = (
+            f"no server has been up for {now - since:.0f} s, {len(orders)} rows wait, the first is row "
+            f"{orders[0].request.position}:\n{self._membership.report()}"
+        )
+        if not over:
+            _logger.warning("%s", text)
+            return
+        for order in orders:
+            self._fail(order, ServerLostError(f"{text}\npool.all_down_timeout_s is over"))
 
-    def _fail(self, order: _Order, error: BaseException) -> None:
-        if self._finish(order):
+    def _fail(self, order: Order, error: BaseException) -> None:
+        with self._lock:
+            first = self._finish(order)
+        if first:
             order.answer.set_exception(error)
 
-    def _finish(self, order: _Order) -> bool:
-        """Whether the caller is the one to answer the order: the first one is."""
-        with self._lock:
-            first, order.over = not order.over, True
-            self._orders.discard(order)
+    def _finish(self, order: Order) -> bool:
+        """Whether the caller is the one to answer the order: the first one is. The lock is held."""
+        first, order.over = not order.over, True
+        self._orders.discard(order)
+        self._rows.forget(order)
         return first
+
+
+def _backoff_s(num_before: int) -> float:
+    return min(_FIRST_PAUSE_S * 2.0 ** min(num_before, 30), _LONGEST_PAUSE_S) * random.uniform(0.5, 1.5)
+
+
+def _kills_servers(order: Order, error: BaseException) -> RowKillsServersError:
+    servers = ", ".join(dict.fromkeys(order.deaths))
+    kills = RowKillsServersError(
+        f"row {order.request.position} was in flight at {len(order.deaths)} deaths of servers ({servers}), the last "
+        f"time alone: {error}"
+    )
+    kills.__cause__ = error
+    return kills

@@ -14,7 +14,7 @@ from typing import Self
 
 from paceline.client.budget import OwnRows, PrefetchBudget, Reservation
 from paceline.client.pool import FeaturePool
-from paceline.errors import CheckpointError, StoppedError, TransportError
+from paceline.errors import CheckpointError, RowKillsServersError, StoppedError, TransportError
 from paceline.schema.features import FeatureRow
 from paceline.schema.layout import reply_bytes
 from paceline.schema.rows import Row, RowRequest, request_features
@@ -37,6 +37,12 @@ class StreamStats:
     bytes_received: int
     rows_retried: int
     """Rows of the whole pool that were lost and asked for again."""
+    rows_asked_ahead: int
+    """Rows handed out when the next one had been asked for already."""
+    rows_not_asked_ahead: int
+    """Rows handed out when it had not; the last row has no next one and is neither."""
+    transfer_s: float
+    """Time from the heads of replies to their delivery."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -118,6 +124,9 @@ class FeatureStream:
         self._wait_s = 0.0
         self._rows_received = 0
         self._bytes_received = 0
+        self._rows_asked_ahead = 0
+        self._rows_not_asked_ahead = 0
+        self._transfer_s = 0.0
 
     def __iter__(self) -> Iterator[FeatureRow]:
         return self
@@ -128,6 +137,7 @@ class FeatureStream:
         Raises:
             CaptureMismatchError: the reply was intact and wrong.
             TransportError: the row was lost too often, or did not come within `row_timeout_s`.
+            RowKillsServersError: servers die of the row; names it and its samples.
             StoppedError: the stream or the pool was closed.
         """
         started = time.monotonic()
@@ -138,15 +148,20 @@ class FeatureStream:
             self._wait_s += time.monotonic() - started
         if asked is None:
             raise StopIteration
-        delivery = asked.answer.result()
+        delivery = _result(asked)
         with self._lock:
             self._check_open()
             self._asked.popleft()
             self._current = _Current(delivery, asked.reservation)
+            next_is_asked = bool(self._asked)
         features = delivery.take()
         self._num_handed_out += 1
         self._rows_received += 1
         self._bytes_received += features.num_bytes
+        self._transfer_s += features.transfer_s
+        if self._num_handed_out < len(self._positions):
+            self._rows_asked_ahead += next_is_asked
+            self._rows_not_asked_ahead += not next_is_asked
         return FeatureRow(asked.row, features)
 
     def state_dict(self) -> dict[str, int]:
@@ -184,6 +199,9 @@ class FeatureStream:
             rows_received=self._rows_received,
             bytes_received=self._bytes_received,
             rows_retried=self._pool.stats.rows_retried,
+            rows_asked_ahead=self._rows_asked_ahead,
+            rows_not_asked_ahead=self._rows_not_asked_ahead,
+            transfer_s=self._transfer_s,
         )
 
     def close(self) -> None:
@@ -305,3 +323,15 @@ class FeatureStream:
             f"{oldest.row.row_id}, {oldest.row.num_tokens} tokens), asked for {time.monotonic() - oldest.since:.0f} s "
             f"ago; {num_missing} of {num_asked} rows asked for are not answered"
         )
+
+
+def _result(asked: _Asked) -> Delivery:
+    """The answer; an error that is the row's own doing names what the row holds."""
+    try:
+        return asked.answer.result()
+    except RowKillsServersError as error:
+        samples = ", ".join(str(sample) for sample in asked.row.sample_ids)
+        raise RowKillsServersError(
+            f"{error}; it is row id {asked.row.row_id} of epoch {asked.row.epoch}, {asked.row.num_tokens} tokens of "
+            f"samples {samples}: look at them, and at the servers' logs"
+        ) from error

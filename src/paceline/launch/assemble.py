@@ -7,13 +7,13 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from paceline.client.budget import PrefetchBudget
 from paceline.client.connection import LocalConnection
 from paceline.client.pool import FeaturePool
+from paceline.client.server_list import FixedServers
 from paceline.client.stream import FeatureStream
 from paceline.config.run import RunConfig
 from paceline.config.run_dir import RunDir
@@ -65,13 +65,15 @@ def feature_specs(config: RunConfig, info: TargetInfo) -> dict[str, FeatureSpec]
 
 
 @contextlib.contextmanager
-def open_inline_target(config: RunConfig, device: torch.device) -> Iterator[tuple[LocalConnection[Any], TargetInfo]]:
+def open_inline_target(config: RunConfig, device: torch.device) -> Iterator[tuple[FixedServers, TargetInfo]]:
     """A pool's only server, in this process: the engine on a thread of its own, behind admission like any other."""
     engine = HFEngine(config.target)
     try:
         admission = Admission(engine, max_queued_rows=max(64, config.transport.prefetch_rows))
         try:
-            yield LocalConnection(admission, LocalSender(), LocalReceiver(device)), engine.info()
+            # made on this thread, whose current device is the trainer's
+            connection = LocalConnection(admission, LocalSender(), LocalReceiver(device))
+            yield FixedServers({connection.name: lambda: connection}), engine.info()
         finally:
             admission.close()
     finally:
@@ -92,7 +94,7 @@ def assemble_trainer(config: RunConfig, prepared: PreparedData) -> Iterator[Trai
     eval_rows = RowSource(prepared.eval, prepared.eval_plan, config.seed)
     _check_rows(train_rows, eval_rows)
     with contextlib.ExitStack() as stack:
-        connection, info = stack.enter_context(open_inline_target(config, device))
+        servers, info = stack.enter_context(open_inline_target(config, device))
         run = RunDir(Path(config.run_dir))
         remember_target(run, info)
         remember_data(run, prepared)
@@ -103,7 +105,7 @@ def assemble_trainer(config: RunConfig, prepared: PreparedData) -> Iterator[Trai
         drafts = {name: build_draft(config, name, info, weights, counts, device, dtype) for name in config.drafts}
         if config.training.compile:
             compile_drafts(drafts)
-        pool = FeaturePool([connection], specs)
+        pool = FeaturePool(servers, specs, config.pool, info)
         stack.callback(pool.close)
         transport = config.transport
         budget = PrefetchBudget(transport.prefetch_rows, transport.prefetch_bytes)

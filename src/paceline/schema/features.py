@@ -69,6 +69,8 @@ class Features:
     """Whether every returned number is finite, judged where it was computed."""
     queued_s: float = 0.0
     computed_s: float = 0.0
+    transfer_s: float = 0.0
+    """From the head of the reply to its delivery; 0 in one process."""
 
     @property
     def num_tokens(self) -> int:
