@@ -20,6 +20,12 @@ class TargetError(PacelineError):
     """A target checkpoint that cannot be loaded or described."""
 
 
+class EngineLostError(TargetError):
+    """The engine lost one of its processes, or they fell out of step: it computes no more rows, another one can."""
+
+    retryable = True
+
+
 class CaptureMismatchError(PacelineError):
     """An intact reply that is wrong: other token count, hash, shapes, dtypes, layers, or not finite."""
 

@@ -1,8 +1,8 @@
 """`[target]`: the frozen model and how it is run."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from paceline.config.base import Config
 
@@ -22,6 +22,12 @@ class TargetConfig(Config):
     """"cpu", "cuda", "cuda:1"; "auto" is cuda where there is one."""
     device_map: Literal["auto", "balanced", "sequential"] | None = None
     """Spreads one model over several devices (needs accelerate); None puts it on `device`."""
+    tensor_parallel: int = Field(1, ge=1)
+    """Processes that compute each row together, by transformers' tensor-parallel plan: one GPU each, from `device` on.
+    A failed row ends all of them."""
+    num_threads: int | None = Field(None, ge=1)
+    """CPU threads of torch in each process of a target server; None leaves torch's default. Another number changes
+    the last bits of features."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = "auto"
     """transformers' attention implementation."""
     documents: Literal["auto", "packed", "padded"] = "auto"
@@ -36,3 +42,12 @@ class TargetConfig(Config):
     """Name of the embedding in the checkpoint, if it is not found by itself."""
     lm_head_key: str | None = None
     """Name of the lm_head in the checkpoint, if it is not found by itself."""
+
+    @model_validator(mode="after")
+    def _one_way_of_spreading(self) -> Self:
+        if self.tensor_parallel > 1 and self.device_map is not None:
+            raise ValueError(
+                f'tensor_parallel = {self.tensor_parallel} and device_map = "{self.device_map}" both spread the model: '
+                "keep one"
+            )
+        return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.distributed import DistributedConfig  # type: ignore[attr-defined]  # loaded lazily
 
 from paceline.config.target import TargetConfig
 from paceline.errors import OutOfMemoryError, TargetError
@@ -141,8 +143,12 @@ def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bo
     return tokenizer
 
 
-def load_model(config: TargetConfig, checkpoint: Path, device: torch.device) -> PreTrainedModel:
+def load_model(
+    config: TargetConfig, checkpoint: Path, device: torch.device, num_layers: int | None = None
+) -> PreTrainedModel:
     """The frozen model in eval mode, on `device` or spread by `target.device_map`.
+
+    With `num_layers` only the first so many decoder layers, beside all that is no layer.
 
     Raises:
         TargetError: missing or damaged files, an unknown architecture, tensors the model needs and the files lack.
@@ -151,9 +157,13 @@ def load_model(config: TargetConfig, checkpoint: Path, device: torch.device) -> 
     whole = load_config(checkpoint, config.trust_remote_code)
     read_tensor_table(checkpoint)  # a missing or cut file is named here, not by a loader's stack of errors
     options: dict[str, Any] = {"dtype": config.dtype, "trust_remote_code": config.trust_remote_code}
+    if num_layers is not None:
+        options["config"] = _cut_layers(copy.deepcopy(whole), num_layers)
     if config.attention != "auto":
         options["attn_implementation"] = config.attention
-    if config.device_map is not None:
+    if config.tensor_parallel > 1:
+        options["distributed_config"] = DistributedConfig(tp_size=config.tensor_parallel)
+    elif config.device_map is not None:
         options["device_map"] = config.device_map
     elif getattr(whole, "quantization_config", None) is not None:
         options["device_map"] = {"": device}  # quantised weights are placed while they are read
@@ -161,7 +171,7 @@ def load_model(config: TargetConfig, checkpoint: Path, device: torch.device) -> 
     model: PreTrainedModel
     try:
         model, report = loader.from_pretrained(checkpoint, use_safetensors=True, output_loading_info=True, **options)
-        if "device_map" not in options:
+        if not options.keys() & {"device_map", "distributed_config"}:
             nn.Module.to(model, device)
     except torch.OutOfMemoryError as error:
         raise OutOfMemoryError(
@@ -181,6 +191,14 @@ def load_model(config: TargetConfig, checkpoint: Path, device: torch.device) -> 
     model.eval()
     model.requires_grad_(False)
     return model
+
+
+def _cut_layers(whole: PretrainedConfig, num_layers: int) -> PretrainedConfig:
+    text = whole.get_text_config(decoder=True)
+    text.num_hidden_layers = num_layers
+    if getattr(text, "layer_types", None) is not None:
+        text.layer_types = text.layer_types[:num_layers]
+    return whole
 
 
 def find_parts(model: PreTrainedModel) -> ModelParts:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
 
 from paceline.config.target import TargetConfig
 from paceline.errors import TargetError
@@ -85,7 +86,7 @@ def measure_embedding_scale(parts: ModelParts) -> float:
     table = parts.embedding.weight
     if not isinstance(table, Tensor) or table.dim() != 2 or table.shape[1] != seen[0].shape[-1]:
         return 1.0
-    rows, states = table[tokens].float(), seen[0][0].float().to(table.device)
+    rows, states = _look_up(table, tokens).float(), seen[0][0].float().to(table.device)
     factor = float((rows * states).sum() / rows.square().sum().clamp(min=1e-12))
     if not float((states - factor * rows).norm()) <= 2e-2 * float(states.norm()):
         return 1.0
@@ -93,6 +94,16 @@ def measure_embedding_scale(parts: ModelParts) -> float:
     known = (1.0, math.sqrt(hidden_size), getattr(parts.config, "embedding_multiplier", None) or 1.0)
     # bf16 models round the factor (Gemma's 55.43 to 55.5): the exact one is meant
     return next((value for value in known if abs(factor - value) <= 1e-2 * abs(value)), factor)
+
+
+def _look_up(table: Tensor, tokens: Tensor) -> Tensor:
+    """[n, H]: rows of the embedding's table; with tensor parallelism the ranks hold parts of it."""
+    if not isinstance(table, DTensor):
+        return table[tokens]
+    whole = DTensor.from_local(tokens, table.device_mesh, [Replicate()], run_check=False)
+    found = torch.nn.functional.embedding(whole, table)
+    assert isinstance(found, DTensor)
+    return found.full_tensor()
 
 
 def choose_layout(parts: ModelParts, config: TargetConfig) -> Layout:
