@@ -20,6 +20,7 @@ from paceline.config.loading import build_config, load_config
 from paceline.config.run import RunConfig
 from paceline.config.run_dir import RunDir
 from paceline.errors import ConfigError
+from paceline.launch.doctor import examine_extras
 from paceline.observe.metrics import read_metrics
 from whole_run import QuietSignals, losses, run_config, run_table, same_weights, write_data
 
@@ -127,6 +128,15 @@ def test_doctor_says_what_works_here(capsys: pytest.CaptureFixture[str]) -> None
     said = capsys.readouterr().out
     for word in ("paceline", "torch", "CPU", "CUDA", "free space"):
         assert word in said
+
+
+def test_doctor_names_the_extra_that_brings_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    pyproject = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))
+    missing = {finding.what: finding.detail for finding in examine_extras() if not finding.works}
+    assert {"tensorboard", "wandb"} <= missing.keys() <= pyproject["project"]["optional-dependencies"].keys()
+    for name, detail in missing.items():
+        assert detail.endswith(f'pip install "paceline[{name}]"')
 
 
 def test_a_mistake_is_one_message_and_exit_code_1(commands: Commands, tmp_path: Path) -> None:

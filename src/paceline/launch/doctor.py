@@ -26,7 +26,7 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Look at this machine by trying, not by guessing from versions."""
-    return [*_software(), *_devices(), *_storage(), *_extras()]
+    return [*_software(), *_devices(), *_storage(), *examine_extras()]
 
 
 def _software() -> Iterator[Finding]:
@@ -76,11 +76,12 @@ def _storage() -> Iterator[Finding]:
         yield Finding(free > 1, f"free space in {path}", f"{free:.0f} GiB")
 
 
-def _extras() -> Iterator[Finding]:
+def examine_extras() -> Iterator[Finding]:
+    """Optional packages, and how to install those that are missing."""
     for name, use in (
         ("tensorboard", "tracking.tensorboard"),
         ("wandb", "tracking.wandb"),
         ("accelerate", "target.device_map"),
     ):
         found = importlib.util.find_spec(name) is not None
-        yield Finding(found, name, f"for {use}" if found else f'for {use}: pip install "{name}"')
+        yield Finding(found, name, f"for {use}" if found else f'for {use}: pip install "paceline[{name}]"')
