@@ -5,6 +5,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from forking import Commands
 from paceline.config.loading import load_config
@@ -34,7 +35,10 @@ def test_every_part_runs_and_output_is_identical_to_generate(finished: tuple[Pat
     assert all(sample["answer"] and sample["answer"][:20] in output for sample in results["samples"])
     for name in ("eagle3", "dflash"):
         assert {file.name for file in (directory / "export" / name).iterdir()} == {"config.json", "model.safetensors"}
-    assert "<svg" in (directory / "report.html").read_text()
+    report = (directory / "report.html").read_text()
+    assert "<svg" in report
+    target = AutoModelForCausalLM.from_pretrained(load_config(directory / "quickstart.toml").target.model)
+    assert f"{target.num_parameters() / 1e6:.1f} million weights" in report
     load_config(directory / "quickstart.toml")  # can be trained from by hand
 
 

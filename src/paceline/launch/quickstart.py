@@ -7,6 +7,7 @@ done again; one that was interrupted goes on where it was.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ from paceline.launch.run import open_run
 from paceline.launch.signals import StopSignals
 from paceline.launch.train import set_numerics, train
 from paceline.observe.metrics import read_metrics
+from paceline.target.hf.stored_tensors import read_tensor_table
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +157,7 @@ def run_quickstart(directory: Path, signals: StopSignals, console: Console, shor
             return True
 
         def report_part() -> bool:
-            results["facts"] = _report(directory, run, progress)
+            results["facts"] = _report(config, run, progress)
             return True
 
         parts: list[tuple[str, str, Callable[[], bool]]] = [
@@ -210,13 +212,14 @@ def _regenerate(config: RunConfig, directory: Path, signals: StopSignals) -> boo
     return True
 
 
-def _report(directory: Path, run: RunDir, progress: _Progress) -> Report:
+def _report(config: RunConfig, run: RunDir, progress: _Progress) -> Report:
     facts = json.loads(run.evaluation.read_text(encoding="utf-8"))
     rows: list[DecodingRow] = []
     for name, figures in facts["drafts"].items():
         rows.append(DecodingRow(name, figures, trained=True))
         rows.append(DecodingRow(f"{name}, untrained", figures["untrained"]))
         rows.append(DecodingRow(f"prompt look-up (as many tokens as {name})", figures["lookup"]))
+    millions = _num_weights(config) / 1e6
     report = Report(
         title="paceline quickstart",
         metrics=read_metrics(run.metrics),
@@ -224,10 +227,18 @@ def _report(directory: Path, run: RunDir, progress: _Progress) -> Report:
         samples=[SampleAnswer(one["prompt"], one["answer"]) for one in facts["samples"]],
         repeated_share=facts["repeated_4grams"],
         timings=progress.seconds,
-        facts={"target": "a Qwen3 of 3.3 million weights, trained on Python's standard library", "run": str(directory)},
+        facts={
+            "target": f"a Qwen3 of {millions:.1f} million weights, trained on Python's standard library",
+            "run": config.run_dir,
+        },
     )
     write_report(report, run.report)
     return report
+
+
+def _num_weights(config: RunConfig) -> int:
+    """Of the target, as stored: tied tensors once."""
+    return sum(math.prod(tensor.shape) for tensor in read_tensor_table(Path(config.target.model)).values())
 
 
 def _print_results(facts: dict[str, Any], progress: _Progress, run: RunDir, console: Console) -> None:
