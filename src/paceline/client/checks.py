@@ -8,7 +8,8 @@ import numpy as np
 
 from paceline.errors import CaptureMismatchError, HandshakeError
 from paceline.schema.features import Features, FeatureSpec
-from paceline.schema.layout import reply_layout
+from paceline.schema.layout import TensorLayout, layout_bytes, reply_layout
+from paceline.schema.protocol import ReplyHeader
 from paceline.schema.rows import RowRequest
 from paceline.schema.target_info import TargetInfo
 
@@ -22,10 +23,7 @@ def check_reply(server: str, request: RowRequest, spec: FeatureSpec, info: Targe
     """
     where = f"{server} answered row {request.position} (features {request.spec!r})"
     if features.num_tokens != len(request.tokens):
-        raise CaptureMismatchError(
-            f"{where} with {features.num_tokens} tokens, {len(request.tokens)} were sent: "
-            "target and trainer tokenize differently; compare target.model with data.tokenizer"
-        )
+        raise CaptureMismatchError(_other_tokens(where, features.num_tokens, len(request.tokens)))
     row_hash = request.row_hash()
     if features.row_hash != row_hash:
         raise CaptureMismatchError(f"{where} for the row of hash {features.row_hash}, {row_hash} was sent")
@@ -81,6 +79,47 @@ def _final_index(request: RowRequest, spec: FeatureSpec) -> np.ndarray:
     if spec.final_hidden == "all" or not len(request.spans):
         return np.arange(len(request.tokens) if spec.final_hidden == "all" else 0)
     return np.concatenate([np.arange(start, end) for start, end in request.spans])
+
+
+def check_header(server: str, request: RowRequest, spec: FeatureSpec, info: TargetInfo, header: ReplyHeader) -> None:
+    """Return if a reply's header announces exactly what was asked for, tensor by tensor; it is undamaged.
+
+    Raises:
+        CaptureMismatchError: token count, layers, tensors, dtypes, shapes or places are others; names both sides.
+    """
+    where = f"{server} answered row {request.position} (features {request.spec!r})"
+    if header.num_tokens != len(request.tokens):
+        raise CaptureMismatchError(_other_tokens(where, header.num_tokens, len(request.tokens)))
+    if header.layers != spec.layers:
+        raise CaptureMismatchError(
+            f"{where} with capture layers {list(header.layers)}, {list(spec.layers)} were asked for"
+        )
+    expected = reply_layout(request, spec, info)
+    if header.tensors.keys() != expected.keys():
+        raise CaptureMismatchError(
+            f"{where} with tensors {', '.join(sorted(header.tensors))}; {', '.join(sorted(expected))} were asked for"
+        )
+    for name, layout in expected.items():
+        announced = header.tensors[name].layout()
+        if announced != layout:
+            raise CaptureMismatchError(f"{where} with {name} {_shown(announced)}, expected {_shown(layout)}")
+    parts = (header.part, header.num_parts, header.num_bytes)
+    if parts != (0, 1, layout_bytes(expected)):
+        raise CaptureMismatchError(
+            f"{where} with part {header.part} of {header.num_parts} and {header.num_bytes} bytes, expected part 0 of 1 "
+            f"and {layout_bytes(expected)} bytes"
+        )
+
+
+def _shown(layout: TensorLayout) -> str:
+    return f"{layout.dtype}{list(layout.shape)} at byte {layout.offset}"
+
+
+def _other_tokens(where: str, received: int, sent: int) -> str:
+    return (
+        f"{where} with {received} tokens, {sent} were sent: "
+        "target and trainer tokenize differently; compare target.model with data.tokenizer"
+    )
 
 
 def check_target(server: str, served: TargetInfo, expected: TargetInfo) -> None:

@@ -40,7 +40,7 @@ class HostBuffer:
     def view(self) -> memoryview:
         """The same bytes."""
         assert self._lease is not None, "the buffer was given back"
-        return self._lease.data
+        return memoryview(self._lease.data)
 
     def give_back(self, after: torch.cuda.Event | None = None) -> None:
         """Another row may have the memory once `after` has passed and no tensor of it is left. Safe to call twice."""

@@ -37,7 +37,7 @@ def views(features: Features, layout: ReplyLayout) -> tuple[memoryview, ...]:
     tensors = features.tensors()
     for name, tensor in layout.items():
         pieces += _zeros(tensor.offset - end)
-        pieces.append(as_bytes(tensors[name]).numpy().data)
+        pieces.append(memoryview(as_bytes(tensors[name]).numpy().data))
         end = tensor.offset + tensor.num_bytes
     pieces += _zeros(layout_bytes(layout) - end)
     return tuple(pieces)
