@@ -15,7 +15,8 @@ from paceline.client.budget import PrefetchBudget, Reservation
 from paceline.client.pool import FeaturePool
 from paceline.config.run import RunConfig
 from paceline.config.run_dir import RunDir
-from paceline.launch.assemble import feature_specs, open_inline_target
+from paceline.launch.assemble import feature_specs
+from paceline.launch.targets import open_target
 from paceline.launch.trained import recall_target
 from paceline.training.checkpoint import load_state
 from tiny import save_nested_tiny_target, save_tiny_target, tiny_request
@@ -202,8 +203,9 @@ def test_rows_in_flight_never_exceed_the_bound_but_for_one_of_evaluation(
 def test_a_look_ahead_deeper_than_the_usual_queue_is_queued_whole(base: RunConfig, tmp_path: Path) -> None:
     """A refused row is only asked for later, so nothing but its count and the time lost would show it."""
     config = another(base, tmp_path, transport__prefetch_rows=160)
-    with open_inline_target(config, torch.device("cpu")) as (servers, info):
-        pool = FeaturePool(servers, feature_specs(config, info), config.pool, info)
+    with open_target(config, torch.device("cpu"), torch.float32, None) as target:
+        specs = feature_specs(config, target.info)
+        pool = FeaturePool(target.servers, specs, config.pool, target.info)
         try:
             # Long rows: they are all asked for before the target is done with the first few.
             rows = [dataclasses.replace(tiny_request((512,), seed), spec="training") for seed in range(160)]

@@ -8,6 +8,7 @@ from typing import Any
 from paceline.config.run_dir import RunDir
 from paceline.data.prepared import PreparedData
 from paceline.launch.prepare import prepare_data
+from paceline.launch.target_facts import read_checkpoint_facts
 from whole_run import DRAFTS, run_config, write_lines
 
 DFLASH, EAGLE3 = DRAFTS["dflash"], DRAFTS["eagle3"]
@@ -21,7 +22,7 @@ def prepared(tmp_path: Path, target: Path, rows: list[dict[str, Any]], **changes
     write_lines(tmp_path / "train.jsonl", rows)
     changes = {"data__eval": None, "data__eval_fraction": 0.0, "data__max_skipped_fraction": 0.9} | changes
     config = run_config(tmp_path / "run", target, tmp_path, **changes)
-    return prepare_data(config, RunDir(tmp_path / "run"))
+    return prepare_data(config, RunDir(tmp_path / "run"), read_checkpoint_facts(config))
 
 
 def test_a_sample_needs_two_blocks_of_the_largest_dflash_draft_unless_set(tiny_target: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from paceline.data.regeneration import RegenerationSummary
     from paceline.launch.doctor import Finding
     from paceline.launch.evaluate import Evaluation
+    from paceline.launch.plan import PlannedProcess
 
 
 class RegenerationProgress:
@@ -55,18 +56,16 @@ def regeneration_table(summary: RegenerationSummary) -> Table:
     return table
 
 
-def prepare_table(prepared: PreparedData, config: RunConfig) -> list[Table]:
-    """Samples, tokens, fill and skips of both splits; coverage of each draft's vocabulary."""
+def prepare_table(prepared: PreparedData, config: RunConfig, num_target: int) -> list[Table]:
+    """Samples, tokens, fill and skips of both splits; coverage of each draft's vocabulary out of `num_target`."""
     from paceline.data.summary import prepare_table as prepare_rows
     from paceline.drafts.vocabulary import build_vocabulary
-    from paceline.launch.prepare import target_vocab_size
 
     header, *rows = prepare_rows(prepared.summary, prepared.train_plan, prepared.eval_plan)
     samples = _table(*(header[0] or "prepared", *header[1:]))
     for row in rows:
         samples.add_row(*row)
     drafts = _table("draft", "vocabulary", "coverage of supervised tokens")
-    num_target = target_vocab_size(config)
     for name, draft in config.drafts.items():
         vocabulary = build_vocabulary(prepared.token_counts, getattr(draft, "vocab_size", 0), num_target)
         coverage = vocabulary.coverage(prepared.token_counts)
@@ -121,4 +120,12 @@ def _table(first: str, *others: str) -> Table:
     table.add_column(Text(first))
     for name in others:
         table.add_column(Text(name), justify="right" if first else "left")
+    return table
+
+
+def plan_table(processes: list[PlannedProcess]) -> Table:
+    """The processes of a run."""
+    table = Table("process", "devices", "address", "started by", "work", title="Processes")
+    for one in processes:
+        table.add_row(one.name, "+".join(one.devices), one.address, one.started_by, one.work)
     return table

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -101,3 +103,10 @@ class ServersFile:
             if known is None or known[0] != entry:
                 known = (entry, partial(self._connect, entry.url))
             self._entries[entry.url] = known
+
+
+def write_servers(path: Path, urls: Sequence[str]) -> None:
+    """Replace a `servers.json` as a whole: readers see the old list or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps({"servers": [{"url": url} for url in urls]}, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)

@@ -45,6 +45,8 @@ class DataConfig(Config):
     """Processes that tokenize."""
     cache_dir: str | None = None
     """Where tokenized data is kept; None is `prepared/` in the run directory."""
+    recorded: str | None = None
+    """A directory written by `paceline record`: rows found in it are not asked of a target."""
 
     @model_validator(mode="after")
     def _an_end_marker_has_a_start(self) -> Self:

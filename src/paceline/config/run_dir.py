@@ -33,6 +33,16 @@ class RunDir:
         return self.root / "trained_data.npz"
 
     @property
+    def servers(self) -> Path:
+        """Which servers there are now; replaced as a whole by whoever starts and stops them."""
+        return self.root / "servers.json"
+
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer, where it came from a server."""
+        return self.root / "tokenizer"
+
+    @property
     def metrics(self) -> Path:
         return self.root / "metrics.jsonl"
 

@@ -11,9 +11,7 @@ from pathlib import Path
 import torch
 
 from paceline.client.budget import PrefetchBudget
-from paceline.client.connection import LocalConnection
 from paceline.client.pool import FeaturePool
-from paceline.client.server_list import FixedServers
 from paceline.client.stream import FeatureStream
 from paceline.config.run import RunConfig
 from paceline.config.run_dir import RunDir
@@ -23,15 +21,12 @@ from paceline.drafts.interface import DraftAlgorithm
 from paceline.drafts.registry import load_algorithm
 from paceline.errors import DataError
 from paceline.evaluation.held_out import HeldOutEvaluation
+from paceline.launch.targets import RemoteAccess, open_target
 from paceline.launch.trained import build_draft, remember_data, remember_target
 from paceline.launch.warm_up import compile_drafts
 from paceline.schema.features import FeatureSpec, merge_specs
 from paceline.schema.target_info import TargetInfo
-from paceline.target.admission import Admission
-from paceline.target.hf.engine import HFEngine
 from paceline.target.hf.loading import resolve_device
-from paceline.target.hf.weights import CheckpointWeights
-from paceline.transport.local import LocalReceiver, LocalSender
 
 logger = logging.getLogger(__name__)
 
@@ -65,24 +60,13 @@ def feature_specs(config: RunConfig, info: TargetInfo) -> dict[str, FeatureSpec]
 
 
 @contextlib.contextmanager
-def open_inline_target(config: RunConfig, device: torch.device) -> Iterator[tuple[FixedServers, TargetInfo]]:
-    """A pool's only server, in this process: the engine on a thread of its own, behind admission like any other."""
-    engine = HFEngine(config.target)
-    try:
-        admission = Admission(engine, max_queued_rows=max(64, config.transport.prefetch_rows))
-        try:
-            # made on this thread, whose current device is the trainer's
-            connection = LocalConnection(admission, LocalSender(), LocalReceiver(device))
-            yield FixedServers({connection.name: lambda: connection}), engine.info()
-        finally:
-            admission.close()
-    finally:
-        engine.close()
-
-
-@contextlib.contextmanager
-def assemble_trainer(config: RunConfig, prepared: PreparedData) -> Iterator[TrainerParts]:
+def assemble_trainer(
+    config: RunConfig, prepared: PreparedData, access: RemoteAccess | None = None
+) -> Iterator[TrainerParts]:
     """Everything a trainer needs; closed again, in order, at the end of the block.
+
+    Args:
+        access: to servers elsewhere; None for placements without any.
 
     Raises:
         ConfigError: sizes or layers that do not fit the target.
@@ -94,18 +78,18 @@ def assemble_trainer(config: RunConfig, prepared: PreparedData) -> Iterator[Trai
     eval_rows = RowSource(prepared.eval, prepared.eval_plan, config.seed)
     _check_rows(train_rows, eval_rows)
     with contextlib.ExitStack() as stack:
-        servers, info = stack.enter_context(open_inline_target(config, device))
+        dtype = getattr(torch, config.training.dtype)
+        target = stack.enter_context(open_target(config, device, dtype, access))
+        info, weights = target.info, target.weights
         run = RunDir(Path(config.run_dir))
         remember_target(run, info)
         remember_data(run, prepared)
         specs = feature_specs(config, info)
-        dtype = getattr(torch, config.training.dtype)
-        weights = CheckpointWeights(config.target, device, dtype)
         counts = prepared.token_counts
         drafts = {name: build_draft(config, name, info, weights, counts, device, dtype) for name in config.drafts}
         if config.training.compile:
             compile_drafts(drafts)
-        pool = FeaturePool(servers, specs, config.pool, info)
+        pool = FeaturePool(target.servers, specs, config.pool, info)
         stack.callback(pool.close)
         transport = config.transport
         budget = PrefetchBudget(transport.prefetch_rows, transport.prefetch_bytes)

@@ -30,6 +30,7 @@ from paceline.launch.prepare import prepare_data
 from paceline.launch.regenerate import regenerate_data
 from paceline.launch.run import open_run
 from paceline.launch.signals import StopSignals
+from paceline.launch.target_facts import known_facts
 from paceline.launch.train import set_numerics, train
 from paceline.observe.metrics import read_metrics
 from paceline.target.hf.stored_tensors import read_tensor_table
@@ -163,7 +164,11 @@ def run_quickstart(directory: Path, signals: StopSignals, console: Console, shor
         parts: list[tuple[str, str, Callable[[], bool]]] = [
             ("conversations", "questions about your own standard library", lambda: _converse(directory, size)),
             ("regenerate", "the target writes the answers", lambda: _regenerate(config, directory, signals)),
-            ("prepare", "loss masks, draft vocabulary, packed rows", lambda: bool(prepare_data(config, run))),
+            (
+                "prepare",
+                "loss masks, draft vocabulary, packed rows",
+                lambda: _prepare(config, run),
+            ),
             ("train", "an EAGLE-3 and a DFlash draft from one stream", train_part),
             ("evaluate", "real decoding of held-out prompts", evaluate_part),
             ("export", "published layouts, read back", export_part),
@@ -199,6 +204,11 @@ def _converse(directory: Path, size: QuickstartSize) -> bool:
     """Held-out prompts come from modules of their own, which neither target nor drafts ever see."""
     write_conversations(directory / "conversations.jsonl", "draft", size.conversations)
     write_conversations(directory / "held-out.jsonl", "held_out", size.held_out)
+    return True
+
+
+def _prepare(config: RunConfig, run: RunDir) -> bool:
+    prepare_data(config, run, known_facts(config))
     return True
 
 

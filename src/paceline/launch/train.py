@@ -19,6 +19,7 @@ from paceline.errors import RunDirectoryError
 from paceline.launch.assemble import TrainerParts, assemble_trainer
 from paceline.launch.prepare import prepare_data
 from paceline.launch.run import Run, lock_run, open_run
+from paceline.launch.targets import open_access, target_facts
 from paceline.observe.logs import logging_for
 from paceline.observe.metrics import MetricsWriter, View
 from paceline.observe.progress import build_progress
@@ -39,18 +40,34 @@ def train(config: RunConfig, signals: StopSignals, console: Console) -> Training
     Raises:
         PacelineError: anything that keeps the run from going on; see `errors`.
     """
-    signals.grace_s = config.training.shutdown_grace_s
     paths = RunDir(Path(config.run_dir))
     with lock_run(paths), _full_disk_named(paths):
-        run = open_run(config)
-        with logging_for("trainer", 0, paths.log("trainer", 0), console):
-            set_numerics(config)
-            prepared = prepare_data(config, paths)
-            with assemble_trainer(config, prepared) as parts:
-                # Whoever waits for a row, in training or in an evaluation, is let go.
-                signals.on_stop(parts.stream.close)
-                signals.on_stop(parts.pool.close)
-                return _run_trainer(config, run, parts, signals, console)
+        return _train(config, signals, console)
+
+
+def train_as_child(config: RunConfig, signals: StopSignals, console: Console, token_file: Path) -> TrainingResult:
+    """The same for a process whose parent holds the run directory and has started the servers.
+
+    Raises:
+        PacelineError: as `train`.
+    """
+    with _full_disk_named(RunDir(Path(config.run_dir))):
+        return _train(config, signals, console, token_file)
+
+
+def _train(config: RunConfig, signals: StopSignals, console: Console, token_file: Path | None = None) -> TrainingResult:
+    signals.grace_s = config.training.shutdown_grace_s
+    paths = RunDir(Path(config.run_dir))
+    run = open_run(config)
+    with logging_for("trainer", 0, paths.log("trainer", 0), console):
+        set_numerics(config)
+        access = open_access(config, signals.stop, token_file)
+        prepared = prepare_data(config, paths, target_facts(config, access))
+        with assemble_trainer(config, prepared, access) as parts:
+            # Whoever waits for a row, in training or in an evaluation, is let go.
+            signals.on_stop(parts.stream.close)
+            signals.on_stop(parts.pool.close)
+            return _run_trainer(config, run, parts, signals, console)
 
 
 def _run_trainer(

@@ -1,0 +1,93 @@
+"""What is known of a target before any weight is loaded: enough to prepare data and to plan a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from paceline.config.run import RunConfig
+from paceline.config.run_dir import RunDir
+from paceline.drafts.registry import load_algorithm
+from paceline.launch.trained import recall_target
+from paceline.schema.features import merge_specs
+from paceline.schema.layout import ELEMENT_BYTES
+from paceline.schema.target_info import RopeInfo, TargetInfo
+from paceline.target.hf.info import choose_mask_token
+from paceline.target.hf.loading import load_config, load_tokenizer, resolve_checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class TargetFacts:
+    """What preparing data needs."""
+
+    vocab_size: int
+    """V: rows of the embedding."""
+    mask_token_id: int | None
+    """As TargetInfo has it."""
+    tokenizer: PreTrainedTokenizerBase
+    """The target's own."""
+
+
+def read_checkpoint_facts(config: RunConfig) -> TargetFacts:
+    """From the target's configuration and tokenizer files."""
+    target = config.target
+    text = _text_config(config)
+    tokenizer = load_tokenizer(target.model, target.revision, target.trust_remote_code)
+    return TargetFacts(int(text.vocab_size), choose_mask_token(tokenizer, int(text.vocab_size)), tokenizer)
+
+
+def known_facts(config: RunConfig) -> TargetFacts:
+    """What a run directory remembers of a target that was elsewhere, else what the checkpoint's files say."""
+    run = RunDir(Path(config.run_dir))
+    if run.tokenizer.is_dir() and run.target_info.exists():
+        info = recall_target(run)
+        return TargetFacts(info.vocab_size, info.mask_token_id, load_tokenizer(str(run.tokenizer)))
+    return read_checkpoint_facts(config)
+
+
+def feature_bytes_per_token(config: RunConfig) -> tuple[int, tuple[int, ...]]:
+    """(bytes a token of a fully supervised row takes, the capture layers of all drafts)."""
+    run = RunDir(Path(config.run_dir))
+    info = recall_target(run) if run.target_info.exists() else _outline(config)
+    drafts = [(load_algorithm(draft.algorithm), draft) for draft in config.drafts.values()]
+    spec = merge_specs(algorithm.feature_spec(draft, info) for algorithm, draft in drafts)
+    num_states = len(spec.layers) + (spec.final_hidden != "none")
+    num_numbers = spec.greedy + spec.logsumexp + (spec.final_hidden != "none")
+    return num_states * info.hidden_size * ELEMENT_BYTES[info.dtype] + 4 * num_numbers, spec.layers
+
+
+def _text_config(config: RunConfig) -> PretrainedConfig:
+    target = config.target
+    checkpoint = resolve_checkpoint(target.model, target.revision, target.trust_remote_code)
+    text: PretrainedConfig = load_config(checkpoint, target.trust_remote_code).get_text_config(decoder=True)
+    return text
+
+
+def _outline(config: RunConfig) -> TargetInfo:
+    """The sizes of a target that nobody has loaded yet; what only loading can tell is left empty."""
+    text = _text_config(config)
+    dtype = config.target.dtype if config.target.dtype != "auto" else str(text.dtype or "float32")
+    heads = int(text.num_attention_heads)
+    return TargetInfo(
+        name=config.target.model,
+        model_type=text.model_type,
+        num_layers=text.num_hidden_layers,
+        hidden_size=text.hidden_size,
+        intermediate_size=getattr(text, "intermediate_size", None),
+        num_heads=heads,
+        num_kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        vocab_size=text.vocab_size,
+        num_tokenizer_tokens=text.vocab_size,
+        norm_eps=1e-6,
+        rope=RopeInfo(),
+        max_position_embeddings=text.max_position_embeddings,
+        dtype=dtype.removeprefix("torch."),
+        tied_embeddings=False,
+        weight_fingerprint="",
+        tokenizer_fingerprint="",
+        deterministic=False,
+        mask_token_id=0,
+    )
