@@ -22,7 +22,12 @@ EVERYTHING = FeatureSpec(layers=(0, 2, 3), final_hidden="all", greedy=True, logs
 FACTORIES: dict[str, Callable[[Path], Engine]] = {
     "hf": lambda path: HFEngine(TargetConfig(model=str(path), device="cpu", vocab_chunk_tokens=7)),
     "hf padded": lambda path: HFEngine(TargetConfig(model=str(path), device="cpu", documents="padded")),
+    "hf on two processes": lambda path: HFEngine(
+        TargetConfig(model=str(path), device="cpu", vocab_chunk_tokens=7, tensor_parallel=2)
+    ),
 }
+ONE_PROCESS = [name for name in FACTORIES if name != "hf on two processes"]
+"""Those of which there may be several at a time."""
 
 
 @pytest.fixture(params=FACTORIES, scope="module")
@@ -148,7 +153,7 @@ def test_info_is_the_same_object_every_time(engine: Engine):
     assert engine.info() is engine.info()
 
 
-@pytest.mark.parametrize("name", FACTORIES)
+@pytest.mark.parametrize("name", ONE_PROCESS)
 def test_close_ends_what_waits_and_is_safe_twice(name: str, tiny_target: Path):
     engine = FACTORIES[name](tiny_target)
     futures = [engine.capture(tiny_request((300,) * 8, seed=seed), EVERYTHING) for seed in range(10)]

@@ -33,7 +33,7 @@ from paceline.schema.rows import RowRequest
 from paceline.schema.target_info import TargetInfo
 from paceline.target.hf.followers import Followers
 from paceline.target.hf.loaded import LoadedTarget, load_target
-from paceline.target.hf.loading import resolve_checkpoint, resolve_device
+from paceline.target.hf.loading import ModelParts, resolve_checkpoint, resolve_device
 from paceline.target.hf.parallel import abort_group, check_parallel, join_group, leave_group, rank_environment
 
 logger = logging.getLogger(__name__)
@@ -201,7 +201,7 @@ class HFEngine:
             target = self._load(checkpoint, device)
         except BaseException as error:  # handed to the thread that waits in __init__
             reason = self._explained_by_followers(error)
-            self._end_group()
+            self._end_group(None)
             _fail_loading(self._loading, reason)
             return
         with contextlib.suppress(InvalidStateError):  # lost in this moment
@@ -212,7 +212,7 @@ class HFEngine:
             with self._lock:
                 self._closed = self._closed or self._lost is None
             self._answer_the_rest(StoppedError("the target engine was closed before this row was computed"))
-            self._end_group()
+            self._end_group(target.parts)
 
     def _load(self, checkpoint: Path, device: torch.device) -> LoadedTarget:
         if self._followers is None:
@@ -229,12 +229,12 @@ class HFEngine:
                 )
         return target
 
-    def _end_group(self) -> None:
+    def _end_group(self, parts: ModelParts | None) -> None:
         """End the other ranks, in order unless they are lost, and leave their group."""
         if self._followers is None:
             return
         self._followers.close()
-        leave_group()
+        leave_group(parts)
 
     def _explained_by_followers(self, error: BaseException) -> BaseException:
         """Why this rank failed: a collective fails on all ranks, one of them knows the reason."""

@@ -116,11 +116,13 @@ def join_group(rank: int, size: int, directory: Path, device: torch.device) -> N
     )
 
 
-def leave_group() -> None:
-    """Forget the group without a word to the other ranks; harmless where there is none."""
-    if dist.is_initialized():
-        if dist.get_backend() == "nccl":
-            abort_group(None)  # what an orderly end of NCCL waits for is gone
+def leave_group(parts: ModelParts | None) -> None:
+    """Forget the group, and those of `parts`, without a word to the other ranks; harmless where there is none."""
+    if not dist.is_initialized():
+        return
+    if dist.get_backend() == "nccl":
+        abort_group(parts)  # an orderly end of NCCL would wait for ranks that may be gone
+    with contextlib.suppress(RuntimeError):  # aborted from another thread
         dist.destroy_process_group()
 
 
