@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # One thread a process: the suite runs on small machines, and another number changes the last bits of sums.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
-.PHONY: install quickstart test test-long check gpu-test docs clean
+.PHONY: install quickstart test test-long check gpu-test gpu-test-2 docs clean
 
 install: $(VENV)/.installed
 
@@ -23,15 +23,19 @@ quickstart: install
 	HF_HUB_OFFLINE=1 $(BIN)/paceline quickstart
 
 test: $(VENV)/.installed-dev
-	$(TEST_ENV) $(BIN)/python -m pytest -m "not gpu and not long"
+	$(TEST_ENV) $(BIN)/python -m pytest -m "not gpu and not gpu2 and not long"
 
 # Chaos and repetition: minutes to an hour.
 test-long: $(VENV)/.installed-dev
-	$(TEST_ENV) $(BIN)/python -m pytest -m "long and not gpu" --timeout 1800
+	$(TEST_ENV) $(BIN)/python -m pytest -m "long and not gpu and not gpu2" --timeout 1800
 
 # Needs a CUDA device and a Python that has torch; uses $(PYTHON) itself, not the CPU environment.
 gpu-test:
 	PYTHONPATH=src:$$PYTHONPATH $(PYTHON) -m pytest -m gpu tests/gpu
+
+# Needs two of them.
+gpu-test-2:
+	PYTHONPATH=src:$$PYTHONPATH $(PYTHON) -m pytest -m gpu2 tests/gpu
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check src tests benchmarks
