@@ -167,7 +167,7 @@ class RemoteConnection:
             if start:
                 self._num_threads += 1
                 number = self._num_threads
-            self._changed.notify()
+            self._changed.notify_all()  # the keeper waits here as well: a single wake-up might be its
         if start:
             threading.Thread(target=self._ask_rows, name=f"row {number} of {self.name}", daemon=True).start()
         return answer
@@ -393,15 +393,22 @@ class RemoteConnection:
 
     def _look_and_renew(self) -> None:
         """Look at the server's health and renew the lease, until the connection ends."""
-        lease_s, health_s = self._pool.lease_s / 3, self._pool.health_every_s
-        next_renewal, next_look = time.monotonic() + lease_s, time.monotonic() + health_s
+        health_s = self._pool.health_every_s
+        next_renewal, next_look = time.monotonic() + self._renew_every_s, time.monotonic() + health_s
         while not self._ends_within(min(next_renewal, next_look) - time.monotonic()):
             if time.monotonic() >= next_look:
                 self._look()
                 next_look = time.monotonic() + health_s
             if time.monotonic() >= next_renewal:
                 self._try("renewing the session", self._renew)
-                next_renewal = time.monotonic() + lease_s
+                next_renewal = time.monotonic() + self._renew_every_s
+
+    @property
+    def _renew_every_s(self) -> float:
+        """A third of the lease; a server may give a shorter one than was asked for."""
+        session = self._session
+        assert session is not None
+        return session.reply.lease_s / 3
 
     def _ends_within(self, seconds: float) -> bool:
         with self._changed:
