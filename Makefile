@@ -2,10 +2,12 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+ENGINE_VENV := .venv-engine
+ENGINE_PIP := nice $(ENGINE_VENV)/bin/python -m pip --quiet --disable-pip-version-check
 # One thread a process: the suite runs on small machines, and another number changes the last bits of sums.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
-.PHONY: install quickstart test test-long check gpu-test gpu-test-2 docs clean
+.PHONY: install quickstart test test-long check gpu-test gpu-test-2 engine-test docs clean
 
 install: $(VENV)/.installed
 
@@ -23,11 +25,11 @@ quickstart: install
 	HF_HUB_OFFLINE=1 $(BIN)/paceline quickstart
 
 test: $(VENV)/.installed-dev
-	$(TEST_ENV) $(BIN)/python -m pytest -m "not gpu and not gpu2 and not long"
+	$(TEST_ENV) $(BIN)/python -m pytest -m "not gpu and not gpu2 and not engine and not long"
 
 # Chaos and repetition: minutes to an hour.
 test-long: $(VENV)/.installed-dev
-	$(TEST_ENV) $(BIN)/python -m pytest -m "long and not gpu and not gpu2" --timeout 1800
+	$(TEST_ENV) $(BIN)/python -m pytest -m "long and not gpu and not gpu2 and not engine" --timeout 1800
 
 # Needs a CUDA device and a Python that has torch; uses $(PYTHON) itself, not the CPU environment.
 gpu-test:
@@ -36,6 +38,18 @@ gpu-test:
 # Needs two of them.
 gpu-test-2:
 	PYTHONPATH=src:$$PYTHONPATH $(PYTHON) -m pytest -m gpu2 tests/gpu
+
+# A real vLLM on a CPU, in a virtual environment of its own (2.5 GB, some minutes to install). A hash holds for all
+# requirements of a call, so vLLM comes alone.
+engine-test: $(VENV)/.installed-dev $(ENGINE_VENV)/.installed
+	$(TEST_ENV) $(BIN)/python -m pytest -m engine tests/engine
+
+$(ENGINE_VENV)/.installed: constraints-engine.txt requirements-engine.txt
+	test -x $(ENGINE_VENV)/bin/python || $(PYTHON) -m venv $(ENGINE_VENV)
+	$(ENGINE_PIP) install --require-hashes --no-deps -r requirements-engine.txt
+	$(ENGINE_PIP) install -r constraints-engine.txt
+	$(ENGINE_PIP) uninstall --yes triton  # of no use on a CPU, and 1 GB
+	touch $@
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check src tests benchmarks
@@ -48,4 +62,4 @@ docs: install
 	$(BIN)/python benchmarks/make_config_reference.py docs/configuration.md
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(ENGINE_VENV) build dist .pytest_cache .mypy_cache .ruff_cache

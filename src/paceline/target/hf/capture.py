@@ -79,6 +79,13 @@ class RowCapture:
                 final = self._empty(num_tokens, self._hidden_size) if final is None else final
                 forward.put(final, states)
             del states
+        return self.complete(hidden, final, request, spec)
+
+    @torch.no_grad()
+    def complete(
+        self, hidden: Tensor, final: Tensor | None, request: RowRequest, spec: FeatureSpec
+    ) -> dict[str, Tensor]:
+        """The tensors of Features from hidden states [T, L, H] and, where the spec needs them, final ones [T, H]."""
         tensors = {"hidden": hidden}
         if final is not None:
             final = final.to(self._device)

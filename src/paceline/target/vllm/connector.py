@@ -1,0 +1,55 @@
+"""What vLLM loads to write hidden states to files; runs in vLLM's process, which needs nothing else of paceline.
+
+vLLM's own connector copies through pinned memory, which a CPU build does not have, and does not say which layers a
+file holds. `_submit_async_write` is private to vLLM: it has been as it is here from 0.27 to 0.33.
+"""
+
+from __future__ import annotations
+
+import torch
+from vllm.distributed.kv_transfer.kv_connector.v1.example_hidden_states_connector import (
+    ExampleHiddenStatesConnector,
+    PendingSave,
+    extract_from_kv_cache,
+)
+
+
+class _CopyOver:
+    """Stands where vLLM keeps the CUDA event of a copy, when the copy was over at once."""
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        return
+
+
+class HiddenStatesConnector(ExampleHiddenStatesConnector):
+    """Files with `hidden_states` [n, L, H], `token_ids` int64[n] and `layer_ids` int64[L], in vLLM's numbering."""
+
+    def _write_tensors(
+        self, tensors: dict[str, torch.Tensor], event: torch.cuda.Event | _CopyOver, filename: str, lock_fd: int | None
+    ) -> None:
+        draft = self._vllm_config.speculative_config.draft_model_config.hf_config
+        layer_ids = torch.tensor(draft.eagle_aux_hidden_state_layer_ids, dtype=torch.int64)
+        super()._write_tensors(tensors | {"layer_ids": layer_ids}, event, filename, lock_fd)
+
+    def _submit_async_write(self, pending: PendingSave) -> None:
+        if self._kv_cache.device.type != "cpu":
+            super()._submit_async_write(pending)
+            return
+        if not self._is_tp_rank_zero:
+            return
+        blocks = torch.tensor(pending.block_ids, dtype=torch.int64)
+        slots = (blocks[:, None] * self._block_size + torch.arange(self._block_size)).flatten()
+        # Indexing copies: vLLM may give the blocks to another request as soon as this returns.
+        tensors = {
+            "hidden_states": extract_from_kv_cache(self._kv_cache, slots, len(pending.token_ids)).contiguous(),
+            "token_ids": pending.token_ids.to(torch.int64),
+        }
+        over = _CopyOver()
+        lock_fd = self._lock_fds.pop(pending.req_id, None)  # locked before the client was told of the file
+        future = self._executor.submit(self._write_tensors, tensors, over, pending.filename, lock_fd)
+        self._req_copy_events[pending.req_id] = over
+        self._req_futures[pending.req_id] = future
+        future.add_done_callback(lambda done: self._on_write_done(pending.req_id, done))

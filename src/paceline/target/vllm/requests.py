@@ -1,0 +1,165 @@
+"""One document through a vLLM server: the request, and the file of hidden states that answers it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import http.client
+import json
+import socket
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from paceline.errors import CaptureMismatchError, TargetError, TransportError
+from paceline.target.vllm.server import VLLMAddress
+
+_LONGEST_RECHECK_S = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class CapturedDocument:
+    """What vLLM computed for one document."""
+
+    hidden: Tensor
+    """[n, L, H], L the captured layers."""
+    layer_ids: list[int]
+    """In vLLM's numbering."""
+    next_token: int
+    """vLLM's own greedy token after the last one."""
+
+
+class VLLMRequests:
+    """Documents through one server; any number of threads may call `capture` at the same time."""
+
+    def __init__(self, address: VLLMAddress, timeout_s: float = 600.0) -> None:
+        """Ask the server what it serves.
+
+        Args:
+            timeout_s: for one document.
+
+        Raises:
+            TransportError: it does not answer.
+            TargetError: it refuses.
+        """
+        self._address = address
+        self._timeout_s = timeout_s
+        self._lock = threading.Lock()
+        self._open: set[http.client.HTTPConnection] = set()
+        self._closed = False
+        served = self._call("GET", "/v1/models", None)["data"][0]
+        self._model: str = served["id"]
+        self.max_tokens: int = served["max_model_len"] - 1
+        """Of one document: vLLM wants room for one token more."""
+
+    def capture(self, tokens: np.ndarray) -> CapturedDocument:
+        """Hidden states of one document, int32[n]; the server's file is gone afterwards.
+
+        Raises:
+            CaptureMismatchError: other tokens than were sent.
+            TransportError: the server or its file is gone; asking again, or another server, can help.
+            TargetError: the server refused.
+        """
+        sent = tokens.tolist()
+        deadline = time.monotonic() + self._timeout_s
+        body = {
+            "model": self._model,
+            "prompt": sent,
+            "max_tokens": 1,
+            "temperature": 0,
+            "repetition_penalty": 1.0,  # a checkpoint's generation_config.json may say otherwise
+            "ignore_eos": True,
+            "return_token_ids": True,
+        }
+        answer = self._call("POST", "/v1/completions", body)
+        reported = (answer.get("kv_transfer_params") or {}).get("hidden_states_path")
+        if reported is None:
+            raise TargetError(
+                f"vLLM at {self._address.url} answers without hidden states: start it with the options of "
+                "`capture_arguments`"
+            )
+        stored = self._read(Path(reported).name, deadline)
+        received = stored["token_ids"].tolist()
+        if received != sent:
+            raise CaptureMismatchError(
+                f"vLLM captured {len(received)} tokens {received[:8]}..., {len(sent)} were sent: {sent[:8]}..."
+            )
+        (next_token,) = answer["choices"][0]["token_ids"]
+        return CapturedDocument(stored["hidden_states"], stored["layer_ids"].tolist(), next_token)
+
+    def close(self) -> None:
+        """End the requests that are out; their threads see a TransportError."""
+        with self._lock:
+            self._closed = True
+            for connection in self._open:
+                if connection.sock is not None:
+                    with contextlib.suppress(OSError):
+                        connection.sock.shutdown(socket.SHUT_RDWR)
+
+    def _call(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+        where = f"vLLM at {self._address.url}"
+        # A new connection each time: vLLM closes those idle for 5 s, at a moment that no client can see.
+        connection = self._address.connect(self._timeout_s)
+        try:
+            connection.connect()
+            with self._lock:
+                if self._closed:
+                    raise TransportError(f"{where}: the connection was closed")
+                self._open.add(connection)
+            headers = {"Authorization": f"Bearer {self._address.api_key}", "Content-Type": "application/json"}
+            connection.request(method, path, None if body is None else json.dumps(body), headers)
+            response = connection.getresponse()
+            content = response.read()
+            if response.status >= 500:
+                raise TransportError(f"{where} failed ({response.status}): {_short(content)}")
+            if response.status != 200:
+                raise TargetError(f"{where} refused {path} ({response.status}): {_short(content)}")
+            answer: dict[str, Any] = json.loads(content)
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise TransportError(f"{where} did not answer {path} ({type(error).__name__}: {error})") from error
+        finally:
+            with self._lock:
+                self._open.discard(connection)
+            connection.close()
+        return answer
+
+    def _read(self, name: str, deadline: float) -> dict[str, Tensor]:
+        """The tensors of a file in the server's directory, which is removed; only its name is the server's word."""
+        path = self._address.directory / name
+        lock = path.with_name(name + ".lock")
+        try:
+            with lock.open("rb") as locked:
+                self._wait_for_writer(locked.fileno(), name, deadline)
+                return load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise TransportError(
+                f"hidden states in {path} cannot be read ({error}): did vLLM's process die?"
+            ) from error
+        finally:
+            for done in (path, lock):
+                done.unlink(missing_ok=True)
+
+    def _wait_for_writer(self, descriptor: int, name: str, deadline: float) -> None:
+        """Return when the connector has let go of the lock, which it held before the answer was sent."""
+        pause_s = 0.0005
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if self._closed or time.monotonic() > deadline:
+                    raise TransportError(f"{name} was still being written when its time was over") from None
+                time.sleep(pause_s)
+                pause_s = min(2 * pause_s, _LONGEST_RECHECK_S)
+            else:
+                return
+
+
+def _short(content: bytes) -> str:
+    return content[:400].decode(errors="replace")

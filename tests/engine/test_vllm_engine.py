@@ -1,0 +1,186 @@
+"""The vllm engine on a real vLLM server: what the hf engine computes, asynchronously, a document at a time."""
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, as_completed
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from contract.test_engine_contract import (  # noqa: F401  # collected here too, on this engine
+    EVERYTHING,
+    test_a_cancelled_row_is_skipped,
+    test_a_wrong_request_fails_alone,
+    test_features_equal_transformers_eager,
+    test_info_is_the_same_object_every_time,
+    test_room_shrinks_with_rows_in_flight_and_returns,
+    test_twenty_rows_submitted_without_waiting_come_back_right,
+)
+from paceline.config.target import TargetConfig
+from paceline.errors import CaptureMismatchError, ConfigError, StoppedError, TargetError, TransportError
+from paceline.schema.features import Features, FeatureSpec
+from paceline.target.hf.engine import HFEngine
+from paceline.target.vllm.engine import VLLMEngine
+from paceline.target.vllm.server import VLLMServer
+from tiny import save_tiny_target, tiny_request
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+PYTHON = Path(__file__).parents[2] / ".venv-engine" / "bin" / "python"
+LAYERS = (0, 2)
+"""With which the server is started; the last layer is captured in any case."""
+OPTIONS = (
+    *("--dtype", "float32", "--enforce-eager", "--max-model-len", "4096"),
+    *("--max-num-seqs", "8", "--max-num-batched-tokens", "1024"),
+    *("--long-prefill-token-threshold", "256"),  # long documents take several steps: short ones overtake them
+)
+
+
+def target_config(path: Path) -> TargetConfig:
+    return TargetConfig(model=str(path), device="cpu", dtype="float32", vocab_chunk_tokens=7)
+
+
+@pytest.fixture(scope="module", params=["qwen3", "llama"])
+def target(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    # vLLM's attention on CPUs knows no heads under 32.
+    return save_tiny_target(tmp_path_factory.mktemp("target") / request.param, request.param, head_dim=32)
+
+
+@pytest.fixture(scope="module")
+def server(target: Path) -> Iterator[VLLMServer]:
+    assert PYTHON.exists(), "make engine-test installs vLLM"
+    server = VLLMServer(PYTHON, target, LAYERS, OPTIONS, {"VLLM_CPU_KVCACHE_SPACE": "1"}, 600)
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def engine(server: VLLMServer, target: Path) -> Iterator[VLLMEngine]:
+    engine = VLLMEngine(target_config(target), server.address)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def hf(target: Path) -> Iterator[HFEngine]:
+    engine = HFEngine(target_config(target))
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def reference(target: Path):
+    return AutoModelForCausalLM.from_pretrained(target, attn_implementation="eager").eval()
+
+
+def check_equal(features: Features, expected: Features) -> None:
+    assert features.layers == expected.layers
+    assert features.row_hash == expected.row_hash
+    assert features.finite
+    assert features.tensors().keys() == expected.tensors().keys()
+    for name, tensor in expected.tensors().items():
+        received = features.tensors()[name]
+        assert (received.dtype, received.shape) == (tensor.dtype, tensor.shape), name
+        if tensor.is_floating_point():
+            assert (received - tensor).norm() <= 1e-4 * tensor.norm(), name
+        else:
+            assert torch.equal(received, tensor), name
+
+
+def test_two_packed_rows_in_flight_equal_those_of_the_hf_engine(engine: VLLMEngine, hf: HFEngine):
+    requests = [
+        tiny_request((300, 1, 17, 64, 5), seed=1, spans=[(10, 40), (301, 318)]),
+        tiny_request((33, 700, 2), seed=2, spans=[(0, 33)]),
+    ]
+    supervised = replace(EVERYTHING, final_hidden="supervised", logsumexp=False)
+    futures = [engine.capture(request, supervised) for request in requests]
+    for request, future in zip(requests, futures, strict=True):
+        check_equal(future.result(120), hf.capture(request, supervised).result(60))
+
+
+def test_every_spec_that_the_captured_layers_serve_is_answered(engine: VLLMEngine, hf: HFEngine):
+    request = tiny_request((20, 9), seed=4)
+    for spec in (FeatureSpec((2,)), FeatureSpec((), greedy=True), FeatureSpec((0, 2, 3), final_hidden="all")):
+        check_equal(engine.capture(request, spec).result(60), hf.capture(request, spec).result(60))
+
+
+def test_the_facts_about_the_target_are_those_of_the_hf_engine(engine: VLLMEngine, hf: HFEngine):
+    assert hf.info().deterministic
+    assert engine.info() == hf.info().model_copy(update={"deterministic": False})
+
+
+def test_a_short_row_overtakes_a_long_one(engine: VLLMEngine, hf: HFEngine):
+    long, short = tiny_request((4000, 3000), seed=1), tiny_request((4, 3), seed=2)
+    futures: dict[Future[Features], str] = {
+        engine.capture(long, EVERYTHING): "long",
+        engine.capture(short, EVERYTHING): "short",
+    }
+    assert [futures[future] for future in as_completed(futures, 240)] == ["short", "long"]
+    for future, request in zip(futures, (long, short), strict=True):
+        check_equal(future.result(), hf.capture(request, EVERYTHING).result(120))
+
+
+def test_documents_do_not_see_each_other(engine: VLLMEngine):
+    request = tiny_request((40, 30, 20), seed=5)
+    tokens = request.tokens.copy()
+    tokens[:40] = (tokens[:40] + 1) % 300
+    first, second = (engine.capture(one, EVERYTHING).result(60) for one in (request, replace(request, tokens=tokens)))
+    assert not torch.allclose(first.hidden[:40], second.hidden[:40], rtol=0.1)
+    torch.testing.assert_close(first.hidden[40:], second.hidden[40:], rtol=1e-5, atol=1e-5)
+
+
+def test_a_layer_that_the_server_does_not_capture_is_refused(engine: VLLMEngine):
+    with pytest.raises(ConfigError, match=r"capture layers \[1\].*started for \[0, 2\]"):
+        engine.capture(tiny_request((5,)), FeatureSpec((0, 1))).result(5)
+
+
+def test_a_document_longer_than_the_server_takes_is_refused(engine: VLLMEngine):
+    with pytest.raises(ConfigError, match="4096 tokens for a vLLM server that takes 4095"):
+        engine.capture(tiny_request((5, 4096)), EVERYTHING).result(5)
+
+
+def test_nothing_is_left_in_the_directory(engine: VLLMEngine, server: VLLMServer):
+    assert engine.capture(tiny_request((5, 6)), EVERYTHING).result(60).finite
+    assert list(server.address.directory.iterdir()) == []
+
+
+def test_a_server_that_captures_other_layers_is_refused(server: VLLMServer, target: Path):
+    with pytest.raises(CaptureMismatchError, match=r"its layers \[1, 3, 4\].*expected \[1, 2, 4\]"):
+        VLLMEngine(target_config(target), replace(server.address, layers=(0, 1)))
+
+
+def test_a_server_that_runs_another_checkpoint_is_refused(server: VLLMServer, target: Path, tmp_path: Path):
+    architecture = target.name
+    other = save_tiny_target(tmp_path / "other", architecture, seed=1, head_dim=32)
+    with pytest.raises(TargetError, match="does the server run another checkpoint"):
+        VLLMEngine(target_config(other), server.address)
+
+
+def test_a_server_with_another_key_refuses(server: VLLMServer, target: Path):
+    with pytest.raises(TargetError, match="401"):
+        VLLMEngine(target_config(target), replace(server.address, api_key="wrong"))
+
+
+def test_close_ends_what_waits_and_leaves_the_server_to_others(server: VLLMServer, target: Path, engine: VLLMEngine):
+    closing = VLLMEngine(target_config(target), server.address)
+    futures = [closing.capture(tiny_request((300,) * 8, seed=seed), EVERYTHING) for seed in range(10)]
+    begin = time.monotonic()
+    closing.close()
+    closing.close()
+    assert time.monotonic() - begin < 10
+    assert all(isinstance(future.exception(0), StoppedError) for future in futures if future.exception(0))
+    assert futures[-1].exception(0) is not None
+    with pytest.raises(StoppedError):
+        closing.capture(tiny_request((3,)), EVERYTHING).result(5)
+    assert engine.capture(tiny_request((3,)), EVERYTHING).result(60).finite
+
+
+def test_rows_of_a_server_that_dies_can_be_asked_for_elsewhere(server: VLLMServer, engine: VLLMEngine):
+    """The last test on its server."""
+    futures = [engine.capture(tiny_request((400,) * 8, seed=seed), EVERYTHING) for seed in range(4)]
+    server.close()
+    errors = [future.exception(30) for future in futures]
+    assert isinstance(errors[-1], TransportError)
+    assert all(error is None or (isinstance(error, TransportError) and error.retryable) for error in errors)
