@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -148,12 +149,13 @@ def test_followers_end_with_a_rank_0_that_is_killed_in_the_middle_of_a_row(tiny_
 
 @pytest.mark.long
 def test_a_follower_that_is_asked_to_end_while_rank_0_hangs_does(tiny_target: Path):
-    with busy_server(tiny_target) as (rank_0, follower, _directory):
+    with busy_server(tiny_target) as (rank_0, follower, directory):
         rank_0.send_signal(signal.SIGSTOP)
         os.kill(follower, signal.SIGTERM)
         time.sleep(1.0)
         assert is_running(follower), "rank 0 decides, as long as it can"
         assert wait_until(lambda: not is_running(follower), 9.0)
+    shutil.rmtree(directory)  # rank 0 clears it away, or followers after it: here neither could
 
 
 @pytest.fixture(scope="module")
