@@ -16,7 +16,7 @@ import xxhash
 from pydantic import ValidationError
 
 from paceline.errors import DamagedError, WireError
-from paceline.schema.layout import ALIGNMENT, ReplyLayout, layout_bytes
+from paceline.schema.layout import ALIGNMENT, ReplyLayout, TensorLayout, layout_bytes
 from paceline.schema.protocol import MAX_HEADER_BYTES, ReplyHeader
 from paceline.schema.rows import RowRequest
 
@@ -94,6 +94,15 @@ def encode_reply_head(header: ReplyHeader, layout: ReplyLayout) -> bytes:
     if (total := layout_bytes(layout)) > end:
         table["padding.last"] = _entry("U8", (total - end,), end, total)
     return _head(table)
+
+
+def encode_tensor_head(name: str, dtype: str, shape: tuple[int, ...]) -> bytes:
+    """What stands in front of a single tensor's bytes in a safetensors body of its own.
+
+    Args:
+        dtype: as TargetInfo spells it, e.g. "bfloat16".
+    """
+    return _head({name: _entry(_NAMES[dtype], shape, 0, TensorLayout(dtype, shape).num_bytes)})
 
 
 def head_length(first: bytes | memoryview) -> int:

@@ -73,10 +73,22 @@ class CheckpointWeights:
 
     def lm_head_bias(self, rows: Tensor | None = None) -> Tensor | None:
         """[V] or [len(rows)], or None when the lm_head has none."""
-        for name in (self._lm_head_name.removesuffix(".weight") + ".bias", "lm_head.bias"):
-            if name in self._table:
-                return self._read(name, rows)
-        return None
+        name = self._bias_name()
+        return None if name is None else self._read(name, rows)
+
+    def stored(self, table: str) -> tuple[str, StoredTensor] | None:
+        """Name and place in the checkpoint of "embedding", "lm_head" or "lm_head_bias"; None where there is none."""
+        names = {
+            "embedding": self._embedding_name,
+            "lm_head": self._lm_head_name,
+            "lm_head_bias": self._bias_name(),
+        }
+        name = names.get(table)
+        return None if name is None else (name, self._table[name])
+
+    def _bias_name(self) -> str | None:
+        names = (self._lm_head_name.removesuffix(".weight") + ".bias", "lm_head.bias")
+        return next((name for name in names if name in self._table), None)
 
     def _read(self, name: str, rows: Tensor | None) -> Tensor:
         wanted = None if rows is None else rows.detach().to("cpu", torch.int64)

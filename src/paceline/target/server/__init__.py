@@ -1,0 +1,1 @@
+"""The target server: sessions and rows over HTTP, one engine behind them."""
