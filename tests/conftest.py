@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 if TYPE_CHECKING:
     from forking import Commands
+    from served import Served
 
 
 @pytest.fixture(scope="session")
@@ -28,3 +29,11 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Commands"]:
 
     with Commands(tmp_path_factory.mktemp("commands")) as commands:
         yield commands
+
+
+@pytest.fixture(scope="session")
+def target_servers(commands: "Commands", tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> list["Served"]:
+    """Three servers of `tiny_target` for the whole session; tests that kill servers start their own."""
+    from served import start_servers
+
+    return start_servers(commands, tiny_target, tmp_path_factory.mktemp("servers"), 3)

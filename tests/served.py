@@ -1,0 +1,46 @@
+"""Target servers as users start them: `paceline serve` in processes of their own, on ports the system chooses."""
+
+from __future__ import annotations
+
+import json
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+from forking import Command, Commands
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A running server."""
+
+    url: str
+    command: Command
+
+    def kill(self) -> None:
+        """SIGKILL, and wait until it is gone."""
+        self.command.send_signal(signal.SIGKILL)
+        self.command.wait()
+
+
+def start_server(commands: Commands, target: Path, directory: Path, *options: str) -> Command:
+    """Start a server of `target`, with one thread as tests train; see `ready`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    return commands.start(
+        *("serve", str(target), "--port", "0", "--device", "cpu", "--dtype", "float32", "--num-threads", "1"),
+        *("--ready-file", str(directory / "ready.json"), *options),
+    )
+
+
+def ready(command: Command, directory: Path) -> Served:
+    """The server, once it is ready."""
+    file = directory / "ready.json"
+    assert command.wait_until(file.exists), f"the server ended:\n{command.output}"
+    return Served(json.loads(file.read_text())["url"], command)
+
+
+def start_servers(commands: Commands, target: Path, directory: Path, num: int, *options: str) -> list[Served]:
+    """`num` servers, loading at the same time."""
+    places = [directory / f"server-{number}" for number in range(num)]
+    started = [start_server(commands, target, place, *options) for place in places]
+    return [ready(command, place) for command, place in zip(started, places, strict=True)]
