@@ -473,3 +473,17 @@ def test_bounds_and_order_hold_under_random_delays_faults_and_evaluations(seed: 
     assert trained == list(range(60))
     assert engine.most_live_at_all <= budget.max_rows + 1
     assert sum(engine.live.values()) == 0
+
+
+@pytest.mark.parametrize(("prefetch_rows", "ahead"), [(1, 0), (4, 11)])
+def test_stats_tell_how_often_the_next_row_had_been_asked_for(prefetch_rows: int, ahead: int) -> None:
+    def spoil(request: RowRequest, features: Features) -> Features:
+        features.transfer_s = 0.25  # as the receiver of a remote row notes it
+        return features
+
+    with open_pool(SmallEngine(spoil=spoil)) as pool:
+        stream = training(pool, PrefetchBudget(prefetch_rows, 1 << 20))
+        assert len(list(map(train, stream))) == 12
+        stats = stream.stats
+        assert (stats.rows_asked_ahead, stats.rows_not_asked_ahead) == (ahead, 11 - ahead)
+        assert stats.transfer_s == pool.stats.transfer_s == 12 * 0.25

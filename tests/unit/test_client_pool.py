@@ -111,6 +111,7 @@ def test_an_intact_wrong_reply_is_fatal_and_never_asked_for_again() -> None:
             take(pool.submit(request(4)))
         assert pool.stats.rows_retried == 0
     assert len(engine.submitted) == 1
+    assert sum(engine.live.values()) == 0, "its memory is free"
 
 
 def test_another_rows_features_are_never_taken_for_this_rows() -> None:

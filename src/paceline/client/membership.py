@@ -27,8 +27,8 @@ _GRACE_S = 2.0
 _logger = logging.getLogger(__name__)
 
 
-class Members(Protocol):
-    """Who uses the servers; called without a lock, on threads of the membership."""
+class LinkOwner(Protocol):
+    """Who asks for rows over links; called without a lock, on threads of the membership."""
 
     def join(self, link: Link) -> None:
         """A session is open: rows may be asked for."""
@@ -83,7 +83,7 @@ class Membership:
         specs: Mapping[str, FeatureSpec],
         expected: TargetInfo | None,
         closing: Closing,
-        pool: Members,
+        pool: LinkOwner,
     ) -> None:
         """Begin to connect; `pool` may be called before this returns.
 

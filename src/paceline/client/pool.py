@@ -21,8 +21,10 @@ from paceline.client.pool_stats import AnswerTimes, PoolStats, PoolTotals, Serve
 from paceline.client.server_list import ServerList
 from paceline.config.placement import PoolConfig
 from paceline.errors import (
+    AuthorizationError,
     ConfigError,
     DamagedError,
+    HandshakeError,
     PacelineError,
     RowKillsServersError,
     ServerBusyError,
@@ -298,8 +300,8 @@ class FeaturePool:
 
     def _on_error(self, attempt: Attempt, error: BaseException) -> None:
         """One attempt brought no features: the row is asked for again, later, elsewhere, or given up."""
-        if isinstance(error, ServerLostError):
-            self._lose(attempt.link, error)
+        if isinstance(error, ServerLostError | HandshakeError | AuthorizationError):
+            self._lose(attempt.link, error)  # connecting it anew shows whether it is still the right server
             return
         with self._lock:
             if not self._rows.settle(attempt):
@@ -363,20 +365,22 @@ class FeaturePool:
             self._rows.wait(attempt.order)
         self._clock.call_at(link.paused_until, self._dispatch)
 
-    def _lose(self, link: Link, error: ServerLostError) -> None:
+    def _lose(self, link: Link, error: PacelineError) -> None:
         """A server is lost with every row it had: they go to the others, and it is connected anew."""
         with self._lock:
             if not link.alive:
                 return
             link.alive = False
             attempts = self._rows.remove(link)
-            self._totals.server_deaths += 1
-            self._server_totals[link.name].deaths += 1
+            died = isinstance(error, ServerLostError)
+            self._totals.server_deaths += died
+            self._server_totals[link.name].deaths += died
             killed = []
             for attempt in attempts:
                 order = attempt.order
-                order.deaths.append(link.name)
-                if attempt.alone:
+                if died:
+                    order.deaths.append(link.name)
+                if died and attempt.alone:
                     killed.append(order)
                 elif not order.over and not order.attempts:
                     self._totals.rows_moved += 1
