@@ -5,6 +5,7 @@ Run as a program it serves `Commands`: it reads requests from stdin and answers 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -114,6 +115,20 @@ class _Server:
             else:
                 time.sleep(0.001)
         return self._codes[pid]
+
+    def wait_gone(self, pid: int, timeout_s: float) -> bool:
+        """Whether any process of this machine, not only a child, has ended in time."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, os.WNOHANG)
+            try:
+                if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                    return True
+            except OSError:
+                return True
+            time.sleep(0.01)
+        return False
 
     def end(self) -> None:
         for pid in self._running:

@@ -10,12 +10,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from paceline.cli.serve import serve
 from paceline.errors import PacelineError
 from paceline.launch.signals import StopSignals, catch_stop_signals
 from paceline.version import VERSION
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from paceline.config.run import RunConfig
+    from paceline.training.trainer import TrainingResult
 
 app = typer.Typer(
     name="paceline",
@@ -110,31 +114,70 @@ def prepare(context: typer.Context, config: ConfigFile, overrides: Overrides = N
     from paceline.config.loading import load_config
     from paceline.launch.prepare import prepare_data
     from paceline.launch.run import open_run
+    from paceline.launch.targets import open_access, target_facts
 
     _signals(context).grace_s = 1.0
     resolved = load_config(config, overrides or ())
     run = open_run(resolved)
-    prepared = prepare_data(resolved, run.paths)
+    access = open_access(resolved, _signals(context).stop) if resolved.placement.target == "urls" else None
+    facts = target_facts(resolved, access)
+    prepared = prepare_data(resolved, run.paths, facts)
     console = _console()
-    for table in prepare_table(prepared, resolved):
+    for table in prepare_table(prepared, resolved, facts.vocab_size):
         console.print(table)
 
 
 @app.command()
-def train(context: typer.Context, config: ConfigFile, overrides: Overrides = None) -> None:
+def train(
+    context: typer.Context,
+    config: ConfigFile,
+    overrides: Overrides = None,
+    plan_only: Annotated[bool, typer.Option("--plan", help="Print the processes of the run and start none.")] = False,
+) -> None:
     """Train the drafts of a configuration; run again, it goes on from the newest checkpoint."""
     from paceline.config.loading import load_config
 
     resolved = load_config(config, overrides or ())
+    if plan_only:
+        _print_plan(resolved)
+        return
     console, signals = _console(), _signals(context)
+    if resolved.placement.target == "servers":
+        from paceline.launch.local import train_with_servers
+
+        raise typer.Exit(train_with_servers(resolved, signals, console))
     from paceline.launch.train import train as run_training
 
-    result = run_training(resolved, signals, console)
-    best = ", ".join(
-        f"{name} {best.acceptance_length:.2f} (step {best.step})" for name, best in sorted(result.best.items())
-    )
-    console.print(f"{result.status} after step {result.step}; best acceptance length: {best or 'not measured yet'}")
-    console.print(f"newest checkpoint: {result.checkpoint or 'none'}")
+    _print_result(run_training(resolved, signals, console), console)
+
+
+@app.command(hidden=True)
+def trainer(
+    context: typer.Context,
+    config: ConfigFile,
+    token_file: Annotated[Path, typer.Option()],
+    parent_pipe: Annotated[int, typer.Option()],
+) -> None:
+    """The trainer of a run whose servers the parent process has started."""
+    from paceline.config.loading import load_config
+    from paceline.launch.children import end_with_parent
+    from paceline.launch.train import train_as_child
+
+    end_with_parent(parent_pipe)
+    console = _console()
+    _print_result(train_as_child(load_config(config), _signals(context), console, token_file), console)
+
+
+@app.command()
+def plan(context: typer.Context, config: ConfigFile, overrides: Overrides = None) -> None:
+    """Print the processes of a run, their devices and addresses, and what travels; starts nothing."""
+    from paceline.config.loading import load_config
+
+    _signals(context).grace_s = 1.0
+    _print_plan(load_config(config, overrides or ()))
+
+
+app.command()(serve)
 
 
 @app.command()
@@ -214,3 +257,21 @@ def _console() -> Console:
     from rich.console import Console
 
     return Console()
+
+
+def _print_plan(config: RunConfig) -> None:
+    from paceline.cli.show import plan_table
+    from paceline.launch.plan import count_gpus, describe_rows, plan_processes
+
+    console = _console()
+    console.print(plan_table(plan_processes(config, count_gpus())))
+    for line in describe_rows(config):
+        console.print(line, highlight=False)
+
+
+def _print_result(result: TrainingResult, console: Console) -> None:
+    best = ", ".join(
+        f"{name} {best.acceptance_length:.2f} (step {best.step})" for name, best in sorted(result.best.items())
+    )
+    console.print(f"{result.status} after step {result.step}; best acceptance length: {best or 'not measured yet'}")
+    console.print(f"newest checkpoint: {result.checkpoint or 'none'}")
