@@ -1,10 +1,15 @@
-"""Prompts of a file of conversations: rendered as the training data was."""
+"""Prompts of a file of conversations: rendered as the training data was. Answers greedy or drawn, as asked for."""
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
+from rich.console import Console
+
+from paceline.cli.show import evaluation_tables
+from paceline.config.run_dir import RunDir
 from paceline.launch.evaluate import evaluate_run
 from paceline.launch.trained import load_run_config
 from tiny import CHAT_TEMPLATE
@@ -40,3 +45,22 @@ def test_prompts_of_a_file_are_those_of_the_same_conversations_held_out(tiny_tar
     from_file = load_run_config(config.run_dir, [f"evaluation.prompts={held_out}"])
     assert evaluate_run(from_file, ["eagle3"], "latest").samples == samples
     assert '{"city": "number 500"}' in samples[0][0]
+
+
+def test_answers_are_drawn_where_a_temperature_is_set_and_the_output_says_so(tiny_target: Path, tmp_path: Path) -> None:
+    data = write_data(tmp_path / "data")
+    config = run_config(tmp_path / "run", tiny_target, data, training__max_steps=0, evaluation__max_new_tokens=24)
+    run(config)
+    greedy = evaluate_run(config, [], "latest")
+    warm = load_run_config(config.run_dir, ["evaluation.temperature=0.8"])
+    drawn = evaluate_run(warm, [], "latest", baselines=True)
+    assert [answer for _, answer in drawn.samples] != [answer for _, answer in greedy.samples]
+    facts = json.loads(RunDir(Path(config.run_dir)).evaluation.read_text())
+    assert facts["temperature"] == 0.8
+    for figures in facts["drafts"].values():
+        for one in (figures, figures["untrained"], figures["lookup"]):
+            assert one["lossless"].startswith("as drawn at temperature 0.8 (")
+            assert "walk" not in one
+    console = Console(file=io.StringIO(), width=200)
+    console.print(*evaluation_tables(drawn))
+    assert "as drawn at temperature 0.8 (" in console.file.getvalue()

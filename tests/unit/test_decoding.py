@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -11,8 +12,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3_5TextConfi
 
 from paceline.drafts.interface import DraftDecoder
 from paceline.errors import ConfigError, LosslessnessError
-from paceline.evaluation.decoding import accept_by_rejection, decode_plain, decode_with_draft
+from paceline.evaluation import decoding
+from paceline.evaluation.decoding import Choice, accept_by_rejection, decode_plain, decode_with_draft
 from paceline.evaluation.evaluate import (
+    DecodingResult,
     decode_references,
     evaluate_decoder,
     evaluate_lookup,
@@ -20,7 +23,7 @@ from paceline.evaluation.evaluate import (
     text_features,
 )
 from paceline.evaluation.lookup import LookupDecoder
-from paceline.evaluation.losslessness import Prompt, check_equal, count_ties
+from paceline.evaluation.losslessness import Prompt, Surprise, check_drawn, check_equal, count_ties, measure_surprise
 from paceline.evaluation.walk import WalkSums, candidate_starts, walk_spans
 from paceline.target.hf.stepping import SteppingTarget
 from tiny import VOCAB_SIZE, tiny_config
@@ -348,3 +351,75 @@ def test_sampled_decoding_with_a_draft_has_the_distribution_of_sampling_without(
         counts[decoded.tokens[1]] += 1
     error = (expected * (1 - expected) / num_draws).sqrt()
     assert ((counts / num_draws - expected).abs() <= 5 * error + 2 / num_draws).all()
+
+
+WARM = Choice(temperature=0.1, seed=1)
+
+
+@pytest.fixture(scope="module")
+def endless(target: SteppingTarget) -> SteppingTarget:
+    return SteppingTarget(target.model, eos_token_ids=())
+
+
+def test_texts_the_target_draws_surprise_it_as_much_as_they_should(
+    endless: SteppingTarget, prompts: list[Prompt]
+) -> None:
+    """At its own temperature; those of another, and greedy ones, are found out."""
+
+    def surprise_of(temperature: float) -> Surprise:
+        total = Surprise()
+        for seed in range(2):
+            for i, prompt in enumerate(prompts):
+                drawn = decode_plain(endless, prompt.tensor(), 40, temperature, Choice(1.0, seed).generator(i))
+                total += measure_surprise(endless, prompt, drawn.tokens, WARM.temperature)
+        return total
+
+    honest = surprise_of(WARM.temperature)
+    assert honest.num_tokens == 2 * 3 * 40
+    assert honest.spread > 5, "the premise: there is something to choose from"
+    assert abs(honest.deviation) < 4
+    check_drawn(honest, WARM.temperature)
+    for other, kind in ((0.0, "less"), (0.07, "less"), (0.15, "more")):
+        with pytest.raises(LosslessnessError, match=f"240 tokens drawn at temperature 0.1 .* nats {kind} surprising"):
+            check_drawn(surprise_of(other), WARM.temperature)
+
+
+def test_one_rare_token_among_certain_ones_is_chance_and_many_are_not() -> None:
+    certain = Surprise(0.0, 1e-3, 1000)
+    rare = Surprise(14.0, 1e-6, 1)
+    check_drawn(certain + rare, 0.1)
+    assert (certain + rare).deviation > 5, "the premise: a test of standard deviations alone would not have it"
+    with pytest.raises(LosslessnessError, match="more surprising"):
+        check_drawn(certain + rare + rare + rare, 0.1)
+    check_drawn(Surprise(), 0.1)
+
+
+def evaluate_drawn(endless: SteppingTarget, prompt: Prompt, kind: str, choice: Choice = WARM) -> DecodingResult:
+    """Three answers of 40 tokens."""
+    references = decode_references(endless, [prompt] * 3, 40, choice)
+    guess = guesses_of(kind, endless)
+    return evaluate_decoder(endless, references, lambda: TextDraft(prompt.tokens[0], guess), (0,), 40, choice)
+
+
+def test_drawn_output_is_held_against_the_targets_distribution(endless: SteppingTarget, prompts: list[Prompt]) -> None:
+    result = evaluate_drawn(endless, prompts[1], "oracle")
+    figures = result.result()
+    assert re.fullmatch(r"as drawn at temperature 0\.1 \([+-]\d\.\d sd\)", figures["lossless"])
+    assert "walk" not in figures, "the walk asks for greedy tokens"
+    assert figures["acceptance_length"] > 1.5
+    assert result.surprise.num_tokens == figures["new_tokens"] == 3 * 40
+    assert len({tuple(answer) for answer in result.answers}) == 3, "each prompt has draws of its own"
+    assert evaluate_drawn(endless, prompts[1], "oracle").answers == result.answers
+    assert evaluate_drawn(endless, prompts[1], "random", Choice(0.1, seed=2)).answers != result.answers
+
+
+def test_a_loop_that_takes_the_drafts_word_for_it_is_found_out_when_drawing_too(
+    endless: SteppingTarget, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def accept_all(drafts: Tensor, probabilities: Tensor, generator: torch.Generator | None) -> Tensor:
+        return torch.cat([drafts, torch.multinomial(probabilities[len(drafts)], 1, generator=generator)])
+
+    monkeypatch.setattr(decoding, "accept_by_rejection", accept_all)
+    for kind, way in (("random", "more"), ("oracle", "less")):
+        with pytest.raises(LosslessnessError, match=f"nats {way} surprising"):
+            evaluate_drawn(endless, prompts[1], kind)

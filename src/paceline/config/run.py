@@ -18,7 +18,7 @@ class RunConfig(Config):
     run_dir: str = Field(min_length=1)
     """Everything a run writes goes here; running again resumes."""
     seed: int = 0
-    """Of packing, epoch order, anchors and draft initialisation."""
+    """Of packing, epoch order, anchors, draft initialisation, and of what `evaluate` draws."""
     target: TargetConfig
     data: DataConfig
     drafts: dict[str, AnyDraftConfig] = Field(min_length=1)

@@ -66,6 +66,8 @@ class EvaluationConfig(Config):
     """Prompts decoded, the first ones."""
     max_new_tokens: int = Field(256, ge=2)
     """Tokens decoded a prompt at most."""
+    temperature: float = Field(0.0, ge=0.0)
+    """0 is greedy; above, tokens are drawn (from `seed`), and output is held against the target's distribution."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of target and draft while decoding; "auto" is the target's. In fp32 output must equal exactly."""
 

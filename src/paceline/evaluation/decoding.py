@@ -6,12 +6,34 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from paceline.drafts.interface import DraftDecoder
 from paceline.evaluation.walk import Step
 from paceline.target.hf.stepping import SteppingTarget
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """How the target chooses its next token."""
+
+    temperature: float = 0.0
+    """0 is greedy; above, tokens are drawn from the target's distribution at this temperature."""
+    seed: int = 0
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0
+
+    def generator(self, number: int) -> torch.Generator:
+        """For the draws of prompt `number`, whatever is decoded before it."""
+        words = np.random.SeedSequence([self.seed % 2**64, number]).generate_state(2, np.uint32)
+        return torch.Generator().manual_seed(int(words[0]) << 32 | int(words[1]))
+
+
+GREEDY = Choice()
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +99,15 @@ def decode_with_draft(
     )
 
 
-def decode_plain(target: SteppingTarget, prompt: Tensor, max_new_tokens: int) -> Decoded:
-    """The same loop without a draft: one token a forward, greedy."""
-    return decode_with_draft(target, _NoDraft(), (), prompt, max_new_tokens)
+def decode_plain(
+    target: SteppingTarget,
+    prompt: Tensor,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> Decoded:
+    """The same loop without a draft: one token a forward."""
+    return decode_with_draft(target, _NoDraft(), (), prompt, max_new_tokens, temperature, generator)
 
 
 def verify(drafts: Tensor, logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:

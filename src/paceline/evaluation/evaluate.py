@@ -11,9 +11,16 @@ import numpy as np
 import torch
 
 from paceline.drafts.interface import DraftAlgorithm, DraftDecoder
-from paceline.evaluation.decoding import Decoded, decode_plain, decode_with_draft
+from paceline.evaluation.decoding import GREEDY, Choice, Decoded, decode_plain, decode_with_draft
 from paceline.evaluation.lookup import LookupDecoder
-from paceline.evaluation.losslessness import Prompt, check_equal, count_ties
+from paceline.evaluation.losslessness import (
+    Prompt,
+    Surprise,
+    check_drawn,
+    check_equal,
+    count_ties,
+    measure_surprise,
+)
 from paceline.evaluation.walk import Step, WalkSums, sum_walk, walk_feature_row
 from paceline.schema.features import FeatureRow, Features
 from paceline.schema.rows import Row
@@ -30,7 +37,7 @@ class Reference:
     prompt: Prompt
     plain: Decoded
     generated: list[int] | None
-    """By transformers' `generate`, a run of its own; None where numerics are 16-bit and output is scored instead."""
+    """By transformers' `generate`, a run of its own; None where output is scored instead: 16-bit numbers, or drawn."""
 
 
 @dataclass(slots=True)
@@ -38,6 +45,7 @@ class DecodingResult:
     """One draft over all prompts."""
 
     sums: WalkSums
+    choice: Choice = GREEDY
     answers: list[list[int]] = field(default_factory=list)
     """New tokens, one list a prompt."""
     steps: list[list[Step]] = field(default_factory=list)
@@ -48,7 +56,9 @@ class DecodingResult:
     plain_seconds: float = 0.0
     num_ties: int = 0
     exact: bool = True
-    """Compared token for token with `generate` (fp32); else every token was scored and ties counted."""
+    """Compared token for token with `generate` (greedy in fp32); else every token was scored."""
+    surprise: Surprise = field(default_factory=Surprise)
+    """Of drawn output to the target."""
     walk: WalkSums | None = None
     """The serving walk over the same texts, where the draft has one."""
     walk_agreeing_steps: int = 0
@@ -58,7 +68,8 @@ class DecodingResult:
         """All figures as plain data; those of `WalkSums.result` and:
 
         tokens_per_s, plain_tokens_per_s (prompt included in both times), speedup, tokens_per_forward,
-        lossless ("exact" or "within ties"), ties, and `walk` with its own figures and `agreeing_steps`.
+        lossless ("exact", "within ties", or how far drawn output is from the target's distribution), ties, and
+        `walk` with its own figures and `agreeing_steps` (greedy output only: it asks for greedy tokens).
         """
         num_tokens = sum(len(answer) for answer in self.answers)
         figures = self.sums.result()
@@ -73,30 +84,43 @@ class DecodingResult:
             "plain_tokens_per_s": num_tokens / self.plain_seconds if self.plain_seconds else None,
             "speedup": self.plain_seconds / self.seconds if self.seconds else None,
             "tokens_per_forward": num_tokens / self.num_forwards if self.num_forwards else None,
-            "lossless": "exact" if self.exact else "within ties",
+            "lossless": self._lossless(),
             "ties": self.num_ties,
         }
         if self.walk is not None:
             figures["walk"] = self.walk.result() | {"agreeing_steps": self.walk_agreeing_steps}
         return figures
 
+    def _lossless(self) -> str:
+        if not self.choice.is_greedy:
+            return f"as drawn at temperature {self.choice.temperature:g} ({self.surprise.deviation:+.1f} sd)"
+        return "exact" if self.exact else "within ties"
 
-def decode_references(target: SteppingTarget, prompts: Iterable[Prompt], max_new_tokens: int) -> list[Reference]:
-    """The target's own greedy answers, timed; in fp32 they are held against `generate`.
+
+def decode_references(
+    target: SteppingTarget, prompts: Iterable[Prompt], max_new_tokens: int, choice: Choice = GREEDY
+) -> list[Reference]:
+    """The target's own answers, timed; greedy ones in fp32 are held against `generate`.
 
     Raises:
         LosslessnessError: stepping through a cache gave another text than `generate` (or than one plain forward).
     """
     references: list[Reference] = []
-    for prompt in prompts:
+    surprise = Surprise()
+    for i, prompt in enumerate(prompts):
         if not references:
             decode_plain(target, prompt.tensor(), _WARM_UP_TOKENS)
-        plain = decode_plain(target, prompt.tensor(), max_new_tokens)
-        generated = target.generate(prompt.tensor(), max_new_tokens) if target.dtype == torch.float32 else None
+        plain = decode_plain(target, prompt.tensor(), max_new_tokens, choice.temperature, choice.generator(i))
+        comparable = choice.is_greedy and target.dtype == torch.float32
+        generated = target.generate(prompt.tensor(), max_new_tokens) if comparable else None
         reference = Reference(prompt, plain, generated)
-        _check_lossless(target, reference, plain.tokens, max_new_tokens)
+        if choice.is_greedy:
+            _check_lossless(target, reference, plain.tokens, max_new_tokens)
+        else:
+            surprise += measure_surprise(target, prompt, plain.tokens, choice.temperature)
         references.append(reference)
         logger.debug("reference for prompt %s: %d tokens", prompt.name, len(plain.tokens))
+    check_drawn(surprise, choice.temperature)
     return references
 
 
@@ -106,19 +130,32 @@ def evaluate_decoder(
     build_decoder: Callable[[], DraftDecoder],
     layers: tuple[int, ...],
     max_new_tokens: int,
+    choice: Choice = GREEDY,
 ) -> DecodingResult:
     """Decode every prompt with a fresh decoder that reads the states of `layers`.
 
     Raises:
-        LosslessnessError: names the prompt and the position where the output is not the target's.
+        LosslessnessError: names the prompt and the position where greedy output is not the target's, or says how far
+            drawn output is from the target's distribution.
     """
-    result = DecodingResult(WalkSums(_decoder_of(build_decoder).num_drafted))
+    result = DecodingResult(WalkSums(_decoder_of(build_decoder).num_drafted), choice)
     for i, reference in enumerate(references):
         prompt = reference.prompt.tensor()
         if i == 0:
             decode_with_draft(target, _decoder_of(build_decoder), layers, prompt, _WARM_UP_TOKENS)
-        decoded = decode_with_draft(target, _decoder_of(build_decoder), layers, prompt, max_new_tokens)
-        result.num_ties += _check_lossless(target, reference, decoded.tokens, max_new_tokens)
+        decoded = decode_with_draft(
+            target,
+            _decoder_of(build_decoder),
+            layers,
+            prompt,
+            max_new_tokens,
+            choice.temperature,
+            choice.generator(i),
+        )
+        if choice.is_greedy:
+            result.num_ties += _check_lossless(target, reference, decoded.tokens, max_new_tokens)
+        else:
+            result.surprise += measure_surprise(target, reference.prompt, decoded.tokens, choice.temperature)
         result.exact = result.exact and reference.generated is not None
         result.sums.add_steps(decoded.steps)
         result.answers.append(decoded.tokens)
@@ -127,26 +164,37 @@ def evaluate_decoder(
         result.uncut_accepted += decoded.uncut_accepted
         result.seconds += decoded.seconds
         result.plain_seconds += reference.plain.seconds * len(decoded.tokens) / len(reference.plain.tokens)
+    check_drawn(result.surprise, choice.temperature)
     return result
 
 
 def evaluate_lookup(
-    target: SteppingTarget, references: Sequence[Reference], num_drafted: int, max_new_tokens: int
+    target: SteppingTarget,
+    references: Sequence[Reference],
+    num_drafted: int,
+    max_new_tokens: int,
+    choice: Choice = GREEDY,
 ) -> DecodingResult:
     """The baseline without training: prompt look-up."""
-    return evaluate_decoder(target, references, lambda: LookupDecoder(num_drafted), (), max_new_tokens)
+    return evaluate_decoder(target, references, lambda: LookupDecoder(num_drafted), (), max_new_tokens, choice)
 
 
 def evaluate_algorithm(
-    target: SteppingTarget, references: Sequence[Reference], algorithm: DraftAlgorithm, max_new_tokens: int
+    target: SteppingTarget,
+    references: Sequence[Reference],
+    algorithm: DraftAlgorithm,
+    max_new_tokens: int,
+    choice: Choice = GREEDY,
 ) -> DecodingResult:
-    """A draft by real decoding, and the serving walk over the texts it wrote.
+    """A draft by real decoding, and the serving walk over the texts it wrote if they are greedy.
 
     Raises:
         LosslessnessError: see `evaluate_decoder`.
     """
     layers = type(algorithm).feature_spec(algorithm.config, algorithm.context.info, evaluation=True).layers
-    result = evaluate_decoder(target, references, algorithm.decoder, layers, max_new_tokens)
+    result = evaluate_decoder(target, references, algorithm.decoder, layers, max_new_tokens, choice)
+    if not choice.is_greedy:
+        return result
     result.walk = WalkSums(algorithm.num_drafted)
     for reference, answer, decoded in zip(references, result.answers, result.steps, strict=True):
         row = text_features(target, layers, reference.prompt, answer)

@@ -17,6 +17,7 @@ from paceline.data.chat import ChatTokenizer
 from paceline.data.conversations import read_conversations
 from paceline.data.prepared import PreparedData
 from paceline.errors import DataError
+from paceline.evaluation.decoding import Choice
 from paceline.evaluation.evaluate import (
     Reference,
     decode_references,
@@ -26,6 +27,7 @@ from paceline.evaluation.evaluate import (
 )
 from paceline.evaluation.losslessness import Prompt
 from paceline.launch.prepare import load_run_tokenizer, prepare_data
+from paceline.launch.target_facts import known_facts
 from paceline.launch.trained import (
     Which,
     build_draft,
@@ -54,6 +56,7 @@ class Evaluation:
     repeated_share: float = 0.0
     """Of 4-grams in the target's answers."""
     num_prompts: int = 0
+    temperature: float = 0.0
 
 
 def evaluate_run(
@@ -65,14 +68,15 @@ def evaluate_run(
         baselines: decode with each draft untrained and with prompt look-up as well.
 
     Raises:
-        LosslessnessError: a draft changed the target's greedy output.
+        LosslessnessError: a draft changed the target's output: a greedy token, or the distribution of drawn ones.
         RunDirectoryError: the run was trained against another target.
     """
     run, names = RunDir(Path(config.run_dir)), choose_drafts(config, names)
     target_config = config.target
     if config.evaluation.dtype != "auto":
         target_config = target_config.model_copy(update={"dtype": config.evaluation.dtype})
-    prepared, counts = prepare_data(config, run), recall_token_counts(run)
+    facts = known_facts(config)
+    prepared, counts = prepare_data(config, run, facts), recall_token_counts(run)
     if not is_trained_data(run, prepared):
         logger.warning(
             "this is not the data %s was trained on (files, [data] settings or chat template differ): held-out prompts "
@@ -86,18 +90,20 @@ def evaluate_run(
         target = SteppingTarget(engine.model, info.eos_token_ids)
         weights = CheckpointWeights(target_config, target.device, target.dtype)
         prompts = list(_prompts(config, prepared))
-        limit = config.evaluation.max_new_tokens
-        references = decode_references(target, prompts, limit)
+        limit, choice = config.evaluation.max_new_tokens, Choice(config.evaluation.temperature, config.seed)
+        references = decode_references(target, prompts, limit, choice)
         evaluation = _describe(references, engine.tokenizer, num_samples)
+        evaluation.temperature = choice.temperature
         for name in names:
             algorithm = build_draft(config, name, info, weights, counts, target.device, target.dtype)
             algorithm.draft.eval()
             figures: dict[str, Any] = {}
             if baselines:
-                figures["untrained"] = evaluate_algorithm(target, references, algorithm, limit).result()
-                figures["lookup"] = evaluate_lookup(target, references, algorithm.num_drafted, limit).result()
+                figures["untrained"] = evaluate_algorithm(target, references, algorithm, limit, choice).result()
+                figures["lookup"] = evaluate_lookup(target, references, algorithm.num_drafted, limit, choice).result()
             load_trained(algorithm, run, name, which)
-            evaluation.drafts[name] = evaluate_algorithm(target, references, algorithm, limit).result() | figures
+            trained = evaluate_algorithm(target, references, algorithm, limit, choice)
+            evaluation.drafts[name] = trained.result() | figures
     finally:
         engine.close()
     run.evaluation.write_text(json.dumps(evaluation_facts(evaluation, info), indent=1) + "\n", encoding="utf-8")
@@ -110,6 +116,7 @@ def evaluation_facts(evaluation: Evaluation, info: TargetInfo) -> dict[str, Any]
         "target": info.name,
         "dtype": info.dtype,
         "prompts": evaluation.num_prompts,
+        "temperature": evaluation.temperature,
         "repeated_4grams": evaluation.repeated_share,
         "samples": [{"prompt": prompt, "answer": answer} for prompt, answer in evaluation.samples],
         "drafts": evaluation.drafts,
@@ -152,7 +159,7 @@ def _held_out_prompts(prepared: PreparedData) -> Iterator[Prompt]:
 
 def _read_prompts(source: str, config: RunConfig) -> Iterator[Prompt]:
     # Rendered by what renders training data: a tool call's arguments, say, reach the template in the same form.
-    chat = ChatTokenizer(load_run_tokenizer(config), template_args=config.data.chat_template_args)
+    chat = ChatTokenizer(load_run_tokenizer(config, known_facts(config)), template_args=config.data.chat_template_args)
     for conversation in read_conversations(source):
         messages = conversation.messages
         while messages and messages[-1]["role"] == "assistant":
