@@ -165,9 +165,7 @@ class Admission:
         try:
             while self._wait_for_rows():
                 self._wait_for_room()
-                waiting = self._take_next()
-                if waiting is not None:
-                    self._hand_over(waiting)
+                self._hand_over_next()
         except BaseException as error:
             # whatever ends this thread belongs to those who wait for its rows
             _logger.critical("admission ended: %s", error)
@@ -204,6 +202,12 @@ class Admission:
             if rows:
                 self._turns.append(session)
         return waiting if waiting.answer.set_running_or_notify_cancel() else None
+
+    def _hand_over_next(self) -> None:
+        """A function, so that no local keeps a row's features until the next row comes."""
+        waiting = self._take_next()
+        if waiting is not None:
+            self._hand_over(waiting)
 
     def _hand_over(self, waiting: _Waiting) -> None:
         queued_s = time.monotonic() - waiting.since

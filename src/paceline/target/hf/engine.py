@@ -281,6 +281,7 @@ class HFEngine:
             if launched is not None and launched.event is None:  # computed already: not on CUDA
                 self._finish(launched)
                 before = None
+            del job, launched  # else the last row's features stay until another comes
         if before is not None:
             self._finish(before)
 

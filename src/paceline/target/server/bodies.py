@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import logging
 import re
 from collections.abc import AsyncIterator, Iterable
 from typing import Any
@@ -15,6 +16,8 @@ from paceline.errors import DamagedError, WireError
 from paceline.schema.protocol import CHECKSUM_HEADER
 from paceline.schema.wire import checksum
 from paceline.target.server.answers import Refusal
+
+logger = logging.getLogger(__name__)
 
 _CHUNK_BYTES = 512 << 10
 _CHECKSUM = re.compile(r"[0-9a-f]{16}")
@@ -66,13 +69,8 @@ async def _parts(receive: Receive) -> AsyncIterator[bytes]:
 
 
 def _too_large(num: str, max_bytes: int) -> Refusal:
-    # what is left of the body is not worth reading
-    return Refusal(
-        "wrong_request",
-        f"a body of {num} bytes; this server takes {max_bytes} here",
-        status=413,
-        headers={"connection": "close"},
-    )
+    # the connection stays: uvicorn throws the rest of the body away, and the client gets to read why
+    return Refusal("wrong_request", f"a body of {num} bytes; this server takes {max_bytes} here", status=413)
 
 
 def _check_sum(headers: Headers, body: bytearray, required: bool) -> None:
@@ -128,7 +126,9 @@ async def _send(scope: Scope, send: Send, piece: bytes, stall_s: float) -> None:
         async with asyncio.timeout(stall_s):
             await send(message)
     except TimeoutError as error:
+        logger.warning("%s took nothing of a reply for %g s: its connection is cut", scope.get("client"), stall_s)
         cut_off(scope)
+        await asyncio.sleep(0)  # the connection's end is noticed first
         raise ClientGoneError from error
 
 

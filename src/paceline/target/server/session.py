@@ -65,8 +65,9 @@ class RowWork:
         """Nobody waits any more; a row that is not in the engine yet never gets there."""
         if not self._end() and self.reply.exception() is None:
             self.finish(self.reply.result(), sent=False)
-        if self.captured is not None:
-            self.captured.cancel()
+        captured = self.captured
+        if captured is not None:
+            captured.cancel()
 
     def finish(self, reply: Reply, sent: bool) -> None:
         """The reply has left, or could not."""
@@ -193,16 +194,17 @@ class Session:
             self._unsent.add(work)
             self._unsent_bytes += work.num_bytes
             try:
-                work.captured = self._engine.admission.submit(self._admission_id, work.request)
+                captured = work.captured = self._engine.admission.submit(self._admission_id, work.request)
             except PacelineError as error:
                 self._engine.on_failed(error)
                 work.fail(error)
                 self._leave(work)
             else:
-                work.captured.add_done_callback(partial(self._on_captured, work))
+                captured.add_done_callback(partial(self._on_captured, work))
 
     def _on_captured(self, work: RowWork, captured: Future[Features]) -> None:
         """The engine, or whoever cancelled the row, is done with it."""
+        work.captured = None  # it knows this work and the features: together they would outlive the reply
         try:
             features = captured.result()
         except CancelledError:
@@ -231,19 +233,27 @@ class Session:
     def _send_rows(self) -> None:
         if self._engine.device.type == "cuda":
             torch.cuda.set_device(self._engine.device)
-        while (work := self._computed.get()) is not None:
-            try:
-                self._send(work)
-            except TransportError as error:
-                logger.warning("row %d of %r could not be sent: %s", work.request.position, self.label, error)
-                work.fail(error)
-                self._leave(work)
-            except BaseException as error:
-                # the channel is in no known state; the client opens another session
-                logger.exception("the sender of session %r failed on row %d", self.label, work.request.position)
-                work.fail(error)
-                self.close(SessionLostError(f"the session's sender failed: {type(error).__name__}"))
-                return
+        while self._send_next():
+            pass
+
+    def _send_next(self) -> bool:
+        """Send one row, and keep nothing of it; False at the end."""
+        work = self._computed.get()
+        if work is None:
+            return False
+        try:
+            self._send(work)
+        except TransportError as error:
+            logger.warning("row %d of %r could not be sent: %s", work.request.position, self.label, error)
+            work.fail(error)
+            self._leave(work)
+        except BaseException as error:
+            # the channel is in no known state; the client opens another session
+            logger.exception("the sender of session %r failed on row %d", self.label, work.request.position)
+            work.fail(error)
+            self.close(SessionLostError(f"the session's sender failed: {type(error).__name__}"))
+            return False
+        return True
 
     def _send(self, work: RowWork) -> None:
         features, work.features = work.features, None

@@ -27,6 +27,8 @@ from paceline.transport.negotiation import OpenedSender, OpenSender, SenderReque
 logger = logging.getLogger(__name__)
 
 _LONGEST_LOOK_S = 1.0
+_END_S = 2.0
+"""All sessions get so long to end in order when the server does."""
 
 
 @dataclass(slots=True, eq=False)
@@ -136,8 +138,16 @@ class Sessions:
     def close(self, reason: PacelineError) -> None:
         """End all sessions and take no more. Safe to call twice."""
         self._ended.set()
-        for session_id in list(self._leases):
-            self.end(session_id, reason)
+        # side by side: to close a channel may take its peer's time
+        ends = [
+            threading.Thread(target=self.end, args=(session_id, reason), name="session end", daemon=True)
+            for session_id in list(self._leases)
+        ]
+        for thread in ends:
+            thread.start()
+        deadline = time.monotonic() + _END_S
+        for thread in ends:
+            thread.join(max(0.0, deadline - time.monotonic()))
 
     def count(self) -> int:
         """Sessions open now."""
