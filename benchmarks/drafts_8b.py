@@ -80,8 +80,9 @@ def time_steps(
 def gradient_difference(name: str, info: TargetInfo, arguments: argparse.Namespace) -> str:
     """bf16 as timed against fp32 without compilation, on one short row, same weights."""
     device = torch.device("cuda")
-    fast = build(name, info, device, torch.bfloat16, arguments)
-    slow = build(name, info, device, torch.float32, arguments, fast.context.weights)
+    weights = RandomTargetWeights(info, device, torch.bfloat16)
+    fast = build(name, info, device, torch.bfloat16, arguments, weights)
+    slow = build(name, info, device, torch.float32, arguments, weights.to(torch.float32))
     slow.draft.load_state_dict(fast.draft.state_dict())
     row = rows_of(fast, [512, 512], 1.0, 1)[0]
     gradients = []

@@ -41,8 +41,14 @@ class RandomTargetWeights:
     """Embedding and lm_head of the target, random, on one device; like a real provider it makes what is asked for."""
 
     def __init__(self, info: TargetInfo, device: torch.device, dtype: torch.dtype) -> None:
-        self._info, self._device, self._dtype = info, device, dtype
+        self._info, self._device, self._dtype, self._drawn_dtype = info, device, dtype, dtype
         self._made: dict[int, torch.Tensor] = {}
+
+    def to(self, dtype: torch.dtype) -> RandomTargetWeights:
+        """The same values in another dtype."""
+        other = RandomTargetWeights(self._info, self._device, self._drawn_dtype)
+        other._dtype = dtype
+        return other
 
     def embedding(self) -> torch.Tensor:
         return self._random(self._info.vocab_size, seed=1)
@@ -56,8 +62,8 @@ class RandomTargetWeights:
     def _random(self, rows: int, seed: int) -> torch.Tensor:
         if seed not in self._made:
             generator = torch.Generator(self._device).manual_seed(seed)
-            table = torch.empty((rows, self._info.hidden_size), device=self._device, dtype=self._dtype)
-            self._made[seed] = table.normal_(0, 0.02, generator=generator)
+            table = torch.empty((rows, self._info.hidden_size), device=self._device, dtype=self._drawn_dtype)
+            self._made[seed] = table.normal_(0, 0.02, generator=generator).to(self._dtype)
         return self._made[seed]
 
 

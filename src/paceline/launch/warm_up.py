@@ -11,8 +11,11 @@ import torch
 from paceline.drafts.fixed_row import fixed_row
 from paceline.drafts.interface import DraftAlgorithm
 
-_ROW_TOKENS = (512, 700)
-"""Two sizes: after the second torch.compile knows that rows differ in length, and compiles no more."""
+_ROW_TOKENS = (512, 1100)
+"""Two sizes: after the second torch.compile knows that rows differ in length, and compiles no more.
+
+Far enough apart that DFlash's lists of anchors, padded to multiples of 64, differ too: 128 and 192, one every 6 tokens.
+"""
 logger = logging.getLogger(__name__)
 
 

@@ -25,7 +25,9 @@ DOCUMENT_ATTENTION = "paceline_documents"
 _MAX_FLASH_HEAD_DIM = 256
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+# Not frozen: torch.compile looks into every field of a frozen dataclass that compiled code hands on, and would compile
+# anew for each other number of documents.
+@dataclass(slots=True, eq=False)
 class RowDocuments:
     """Where the documents of a packed row lie."""
 

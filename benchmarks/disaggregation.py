@@ -1,0 +1,308 @@
+"""`pipeline-8b`: target on one GPU, trainer on another: step times by transport and look-ahead, beside inline.
+
+    python benchmarks/make_random_target.py /tmp/target-8b
+    python benchmarks/disaggregation.py /tmp/target-8b --drafts eagle3 dflash --transports nccl http
+
+Servers are processes started by `paceline serve`; the trainer takes its rows from the stream of a real run. For each
+draft it measures what the trainer could do with rows at hand (demand), what the servers deliver to a trainer that only
+drops them (supply), then training itself. "of bound" is training against the slower of the two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from paceline.client.budget import PrefetchBudget
+from paceline.client.connection import LocalConnection
+from paceline.client.pool import FeaturePool
+from paceline.client.remote import RemoteConnection
+from paceline.client.server_list import FixedServers, ServerList
+from paceline.client.stream import FeatureStream
+from paceline.config.drafts import DFlashConfig, Eagle3Config
+from paceline.config.placement import PoolConfig, TransportConfig
+from paceline.config.run_dir import RunDir
+from paceline.config.target import TargetConfig
+from paceline.config.training import TrainingConfig
+from paceline.drafts.interface import DraftAlgorithm, DraftContext
+from paceline.drafts.registry import load_algorithm
+from paceline.drafts.vocabulary import DraftVocabulary
+from paceline.launch.warm_up import compile_drafts
+from paceline.observe.metrics import MetricsWriter
+from paceline.schema.features import FeatureRow, FeatureSpec
+from paceline.schema.rows import Row
+from paceline.schema.target_info import TargetInfo
+from paceline.target.admission import Admission
+from paceline.target.hf.engine import HFEngine
+from paceline.target.hf.weights import CheckpointWeights
+from paceline.training.checkpoint import CheckpointStore
+from paceline.training.step_record import DeviceClock
+from paceline.training.trainer import Outputs, Trainer
+from paceline.transport.local import LocalReceiver, LocalSender
+from shapes import random_row
+
+ROWS = {"eagle3": [1024] * 8, "dflash": [3072] * 2}
+WARM_UP_STEPS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """One line of the table."""
+
+    draft: str
+    target: str
+    transport: str
+    prefetch: int
+    num_gpus: int
+    seconds_per_step: list[float]
+    tokens_per_row: int
+    trainer_busy: float
+    bound: float | None
+
+    def cells(self) -> list[str]:
+        seconds = statistics.median(self.seconds_per_step)
+        rate = self.tokens_per_row / seconds
+        return [
+            self.draft,
+            self.target,
+            self.transport,
+            str(self.prefetch),
+            f"{seconds:.4f}",
+            f"{min(self.seconds_per_step):.4f}-{max(self.seconds_per_step):.4f}",
+            f"{rate:,.0f}",
+            f"{rate / self.num_gpus:,.0f}",
+            f"{self.trainer_busy:.0%}",
+            "" if self.bound is None else f"{rate / self.bound:.1%}",
+        ]
+
+
+HEADINGS = [
+    *("draft", "target", "transport", "prefetch", "s/step", "spread"),
+    *("tokens/s", "tokens/s/GPU", "trainer busy", "of bound"),
+]
+
+
+def row_at(lengths: list[int], share: float, vocab: int) -> Callable[[int], Row]:
+    """Rows of a stream: 64 different ones, over and over."""
+
+    def row(position: int) -> Row:
+        return dataclasses.replace(random_row(lengths, share, vocab, position % 64), position=position)
+
+    return row
+
+
+@contextlib.contextmanager
+def serve(model: str, devices: list[str], compile_layers: bool) -> Iterator[list[str]]:
+    """URLs of servers, one a device, while the block runs."""
+    with tempfile.TemporaryDirectory() as private:
+        processes, files = [], []
+        for number, device in enumerate(devices):
+            file = Path(private) / f"{number}.json"
+            words = ["serve", model, "--port", "0", "--device", device, "--ready-file", str(file)]
+            command = [sys.executable, "-m", "paceline.cli", *words, *(["--compile"] if compile_layers else [])]
+            processes.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT))
+            files.append(file)
+        try:
+            while not all(file.exists() for file in files):
+                ended = [process.returncode for process in processes if process.poll() is not None]
+                if ended:
+                    raise SystemExit(f"a server ended: {ended}")
+                time.sleep(0.2)
+            yield [json.loads(file.read_text())["url"] for file in files]
+        finally:
+            for process in processes:
+                process.send_signal(signal.SIGTERM)
+            for process in processes:
+                process.wait(20)
+
+
+def build_draft(name: str, model: str, info: TargetInfo, device: torch.device, eager: bool) -> DraftAlgorithm:
+    config = Eagle3Config(vocab_size=32000) if name == "eagle3" else DFlashConfig()
+    size = min(32000, info.vocab_size) if name == "eagle3" else info.vocab_size
+    context = DraftContext(
+        info=info,
+        weights=CheckpointWeights(TargetConfig(model=model), device, torch.bfloat16),
+        vocabulary=DraftVocabulary(np.arange(size, dtype=np.int64), info.vocab_size),
+        device=device,
+        dtype=torch.bfloat16,
+        seed=0,
+        compile=not eager,
+    )
+    algorithm = load_algorithm(name)(config, context)
+    if not eager:
+        compile_drafts({name: algorithm})
+    return algorithm
+
+
+def steps_of(stream: Iterator[FeatureRow], trainer: Trainer, num_steps: int) -> tuple[float, float]:
+    """(wall seconds, seconds the device worked for the draft) of `num_steps` steps of one row."""
+    begin = time.perf_counter()
+    records = [trainer.train_step([next(stream)]) for _ in range(num_steps)]
+    finish(next(iter(trainer.drafts.values())).context.device)
+    wall = time.perf_counter() - begin
+    return wall, sum(DeviceClock.seconds(start, end) for record in records for _, start, end in record.marks)
+
+
+def finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def build_trainer(name: str, draft: DraftAlgorithm, directory: Path) -> Trainer:
+    run = RunDir(directory)
+    outputs = Outputs(MetricsWriter(run.metrics), CheckpointStore(run, "benchmark", 1, asynchronous=False), run.profile)
+    config = TrainingConfig(compile=True, max_steps=100_000)
+    stream: Any = _Nothing()
+    return Trainer(config, {name: draft}, stream, 100_000, lambda step: {}, outputs, threading.Event())
+
+
+class _Nothing:
+    """The trainer's own stream, which the benchmark does not use."""
+
+    def __iter__(self) -> Iterator[FeatureRow]:
+        return iter(())
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": 0}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        raise NotImplementedError
+
+
+@contextlib.contextmanager
+def stream_from(
+    servers: ServerList, spec: FeatureSpec, info: TargetInfo, rows: Callable[[int], Row], prefetch: int
+) -> Iterator[FeatureStream]:
+    pool = FeaturePool(servers, {"training": spec}, PoolConfig(), info)
+    stream = FeatureStream(rows, pool, PrefetchBudget(prefetch, 64 << 30), "training", range(1_000_000))
+    try:
+        yield stream
+    finally:
+        stream.close()
+        pool.close()
+
+
+def remote_servers(urls: list[str], transport: str, prefetch: int, device: torch.device) -> FixedServers:
+    settings = TransportConfig(kind=transport, prefetch_rows=prefetch)  # type: ignore[arg-type]
+    return FixedServers({url: lambda url=url: RemoteConnection(url, settings, PoolConfig(), device) for url in urls})  # type: ignore[misc]
+
+
+class Bench:
+    """One draft: its trainer, and every way to feed it."""
+
+    def __init__(self, name: str, arguments: argparse.Namespace, info: TargetInfo, device: torch.device) -> None:
+        self.name, self.arguments, self.info, self.device = name, arguments, info, device
+        self.draft = build_draft(name, arguments.model, info, device, arguments.eager)
+        self.spec = type(self.draft).feature_spec(self.draft.config, info)
+        self.lengths = ROWS[name]
+        self.rows = row_at(self.lengths, arguments.share, min(32000, info.num_tokenizer_tokens))
+        self.trainer = build_trainer(name, self.draft, Path(tempfile.mkdtemp()))
+
+    def demand(self, servers: ServerList) -> float:
+        """Tokens/s of training on rows that are there already."""
+        with stream_from(servers, self.spec, self.info, self.rows, 3) as stream:
+            kept = [_own(next(stream)) for _ in range(2)]
+        again = (kept[number % 2] for number in range(1_000_000))
+        steps_of(again, self.trainer, WARM_UP_STEPS)
+        seconds = [steps_of(again, self.trainer, 10)[0] / 10 for _ in range(3)]
+        return sum(self.lengths) / statistics.median(seconds)
+
+    def supply(self, servers: ServerList, prefetch: int) -> float:
+        """Tokens/s that arrive on the trainer's device when nobody trains."""
+        with stream_from(servers, self.spec, self.info, self.rows, prefetch) as stream:
+            for _ in range(WARM_UP_STEPS):
+                next(stream)
+            begin = time.perf_counter()
+            for _ in range(self.arguments.steps):
+                next(stream)
+            finish(self.device)
+            return self.arguments.steps * sum(self.lengths) / (time.perf_counter() - begin)
+
+    def train(
+        self, servers: ServerList, where: str, transport: str, prefetch: int, gpus: int, bound: float | None = None
+    ) -> None:
+        with stream_from(servers, self.spec, self.info, self.rows, prefetch) as stream:
+            steps_of(stream, self.trainer, WARM_UP_STEPS)
+            timed = [steps_of(stream, self.trainer, self.arguments.steps) for _ in range(self.arguments.repeats)]
+        busy = sum(device for _, device in timed) / sum(wall for wall, _ in timed)
+        seconds = [wall / self.arguments.steps for wall, _ in timed]
+        measured = Measured(self.name, where, transport, prefetch, gpus, seconds, sum(self.lengths), busy, bound)
+        print("| " + " | ".join(measured.cells()) + " |", flush=True)
+
+
+def _own(row: FeatureRow) -> FeatureRow:
+    """A copy that outlives the stream."""
+    kept = {name: tensor.clone() for name, tensor in row.features.tensors().items()}
+    features = dataclasses.replace(row.features, **kept)
+    return FeatureRow(row.row, features)
+
+
+@contextlib.contextmanager
+def inline_servers(arguments: argparse.Namespace, device: torch.device) -> Iterator[FixedServers]:
+    engine = HFEngine(TargetConfig(model=arguments.model, device=str(device), compile=not arguments.eager))
+    admission = Admission(engine)
+    try:
+        yield FixedServers({"inline": lambda: LocalConnection(admission, LocalSender(), LocalReceiver(device))})
+    finally:
+        admission.close()
+        engine.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--drafts", nargs="+", default=["eagle3", "dflash"])
+    parser.add_argument("--transports", nargs="+", default=["nccl", "http"])
+    parser.add_argument("--prefetch", nargs="+", type=int, default=[1, 2, 4])
+    parser.add_argument("--server-devices", nargs="+", default=["cuda:0"])
+    parser.add_argument("--trainer-device", default="cuda:1")
+    parser.add_argument("--share", type=float, default=0.6, help="supervised share of every document")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--eager", action="store_true", help="compile neither target nor drafts")
+    parser.add_argument("--skip-inline", action="store_true")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.trainer_device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    with serve(arguments.model, arguments.server_devices, not arguments.eager) as urls:
+        connection = RemoteConnection(urls[0], TransportConfig(kind="http"), PoolConfig(), device)
+        info = connection.info()
+        connection.close()
+        benches = [Bench(name, arguments, info, device) for name in arguments.drafts]
+        print("| " + " | ".join(HEADINGS) + " |\n|" + "---|" * len(HEADINGS), flush=True)
+        for bench in benches:
+            demand = bench.demand(remote_servers(urls[:1], "http", 3, device))
+            for transport in arguments.transports:
+                supply = bench.supply(remote_servers(urls, transport, 4, device), 4)
+                print(f"{bench.name}, {transport}: demand {demand:,.0f}, supply {supply:,.0f} tokens/s", flush=True)
+                for prefetch in arguments.prefetch:
+                    servers = remote_servers(urls, transport, prefetch, device)
+                    where = f"{len(urls)} server(s)"
+                    bench.train(servers, where, transport, prefetch, 1 + len(urls), min(demand, supply))
+    if not arguments.skip_inline:
+        with inline_servers(arguments, device) as servers:
+            for bench in benches:
+                for prefetch in (1, max(arguments.prefetch)):
+                    bench.train(servers, "inline", "local", prefetch, 1)
+    if device.type == "cuda":
+        print(f"peak of the trainer's GPU {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB")
+
+
+if __name__ == "__main__":
+    main()
