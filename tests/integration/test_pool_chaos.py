@@ -17,7 +17,7 @@ from paceline.schema.rows import RowRequest
 from small_engine import SmallEngine, expected_hidden, small_row
 from troubled_servers import ChangingServers, Server, eventually, pool_of
 
-NUM_ROWS = 250
+NUM_ROWS = 200
 PREFETCH_ROWS = 6
 
 
@@ -62,25 +62,35 @@ class Weather:
         timer.start()
 
 
-def troubled_server(name: str, seed: int) -> Server:
-    """Slow at times, with a short queue; loses or fails to compute a row now and then."""
-    draw = random.Random(f"{name}{seed}")
+def troubled_servers(seed: int) -> list[Server]:
+    """Three servers with short queues; the first who gets certain rows loses them, or takes long."""
+    draw = random.Random(seed)
+    kinds = ("damaged", "failed", "slow")
+    trouble = {position: kinds[i % 3] for i, position in enumerate(draw.sample(range(30, NUM_ROWS), 30))}
 
     def delay_s(request: RowRequest) -> float:
-        return draw.choice([0.0, 0.001, 0.003]) if draw.random() < 0.95 else 0.5
+        if trouble.get(request.position) == "slow":
+            del trouble[request.position]
+            return 0.5
+        return 0.001 * (request.position % 4)
 
     def spoil(request: RowRequest, features: Features) -> Features:
-        if draw.random() < 0.03:
-            raise draw.choice([DamagedError("checksum 12ab, expected 34cd"), ServerFailedError("launch failed")])
+        kind = trouble.pop(request.position, None)
+        if kind == "damaged":
+            raise DamagedError("checksum 12ab, expected 34cd")
+        if kind == "failed":
+            raise ServerFailedError("launch failed")
         return features
 
-    engine = SmallEngine(num_threads=2, num_slots=2, delay_s=delay_s, spoil=spoil)
-    return Server(name, engine, max_queued_rows=1)
+    return [
+        Server(name, SmallEngine(num_threads=2, num_slots=2, delay_s=delay_s, spoil=spoil), max_queued_rows=1)
+        for name in "abc"
+    ]
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_every_position_is_trained_once_and_in_order_whatever_happens_to_the_servers(seed: int) -> None:
-    servers = [troubled_server(name, seed) for name in "abc"]
+    servers = troubled_servers(seed)
     listed = ChangingServers(*servers)
     weather = Weather(seed, servers, listed)
     budget = PrefetchBudget(PREFETCH_ROWS, 1 << 20)

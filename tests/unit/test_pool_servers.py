@@ -281,7 +281,7 @@ def test_a_wrong_server_that_joins_later_is_left_out_until_its_entry_changes(
         servers.change(add=(wrong,))
         eventually(lambda: bool(caplog.records))
         assert caplog.records[0].getMessage() == "b is left out: b has w2, this run expects w"
-        time.sleep(1.2)
+        time.sleep(0.6)
         assert wrong.num_connects == 1
         all_right(ask(pool, 0), 0)
         wrong.refuses = None
@@ -444,6 +444,22 @@ def test_a_row_that_servers_died_with_waits_for_an_idle_one_and_keeps_it_to_itse
         assert pool.stats.rows_moved == 3
 
 
+def test_a_server_found_dead_did_not_die_of_the_row() -> None:
+    servers = [held(name, 0) for name in "abc"]
+    with pool_of(*servers) as pool:
+        for server in servers:
+            server.die()
+        answers = ask(pool, 0)
+        eventually(lambda: pool.stats.servers_up == 0)
+        servers[0].come_back()
+        eventually(has_got(servers[0], 0))
+        answers += ask(pool, 1)
+        right(answers[1], small_row(1))
+        assert servers[0].positions() == [0, 1], "row 0 is not kept alone"
+        servers[0].engine.let_go(0)
+        right(answers[0], small_row(0))
+
+
 # ---- other failures
 
 
@@ -550,7 +566,7 @@ def test_closing_is_not_held_up_by_a_server_that_does_not_answer() -> None:
         let_go.wait(30)
         close()
 
-    server.open[0].close = slow_close  # type: ignore[method-assign]
+    server.open[0].close = slow_close
     started = time.monotonic()
     pool.close()
     assert time.monotonic() - started < 4

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from paceline.client.connection import Connection
+from paceline.client.connection import Connection, HoldsSomeRows
 from paceline.schema.features import FeatureSpec
 from paceline.schema.rows import RowRequest
 from paceline.transport.base import Delivery
@@ -37,6 +37,14 @@ class Link:
     @property
     def tokens_outstanding(self) -> int:
         return sum(len(attempt.order.request.tokens) for attempt in self.attempts)
+
+    @property
+    def is_server(self) -> bool:
+        """Whether it can answer any row."""
+        return not isinstance(self.connection, HoldsSomeRows)
+
+    def can_answer(self, request: RowRequest) -> bool:
+        return not isinstance(self.connection, HoldsSomeRows) or self.connection.holds(request)
 
 
 @dataclass(slots=True, eq=False)
@@ -80,6 +88,8 @@ class Attempt:
     since: float
     is_hedge: bool = False
     alone: bool = False
+    sent: bool = True
+    """Whether the server may have got it; not if asking failed at once."""
     answered: bool = False
     """Whether its reply was told; telling it again means nothing."""
 
@@ -108,7 +118,7 @@ class Assignments:
                 link = self._place_alone(order, now)
                 open_links = self._open_links(now)  # one may be reserved by now
             else:
-                link = _least_work([link for link in open_links if link is not order.avoid] or open_links)
+                link = _choose(open_links, order)
             if link is not None:
                 del self.waiting[i]
                 return self._put_out(Attempt(order, link, now, alone=order.must_be_alone))
@@ -118,7 +128,9 @@ class Assignments:
         """Second attempts for rows out longer than `limit_s`, while there is a second server to ask."""
         slow = [attempt for attempt in self.out() if self._is_slow(attempt, now, limit_s)]
         for attempt in sorted(slow, key=lambda attempt: attempt.order.place):
-            link = _least_work([link for link in self._open_links(now) if link is not attempt.link])
+            request = attempt.order.request
+            others = [link for link in self._open_links(now) if link is not attempt.link and link.can_answer(request)]
+            link = _least_work(others)
             if link is not None:
                 attempt.order.hedged = True
                 yield self._put_out(Attempt(attempt.order, link, now, is_hedge=True))
@@ -170,7 +182,8 @@ class Assignments:
     def _place_alone(self, order: Order, now: float) -> Link | None:
         """The server reserved for `order`, once nothing else is out there."""
         if order.alone_at is None:
-            order.alone_at = _least_work([link for link in self.links.values() if link.reserved_for is None])
+            able = [link for link in self.links.values() if link.can_answer(order.request)]
+            order.alone_at = _least_work([link for link in able if link.reserved_for is None])
             if order.alone_at is not None:
                 order.alone_at.reserved_for = order
         link = order.alone_at
@@ -189,6 +202,13 @@ class Assignments:
         attempt.link.attempts.add(attempt)
         attempt.order.attempts.add(attempt)
         return attempt
+
+
+def _choose(links: list[Link], order: Order) -> Link | None:
+    """Whoever holds the row, else the server with the least work; who lost it last only if there is no other."""
+    able = [link for link in links if link.can_answer(order.request)]
+    able = [link for link in able if link is not order.avoid] or able
+    return _least_work([link for link in able if not link.is_server] or able)
 
 
 def _least_work(links: list[Link]) -> Link | None:

@@ -182,7 +182,8 @@ class FeaturePool:
             if wanted:
                 self._rows.links[link.name] = link
                 self._server_totals.setdefault(link.name, ServerTotals())
-                self._none_up_since, self._next_log = None, 0.0
+                if link.is_server:
+                    self._none_up_since, self._next_log = None, 0.0
         if not wanted:
             self._closing.close(link.name, link.connection)
         self._dispatch()
@@ -234,6 +235,7 @@ class FeaturePool:
             reply = attempt.link.connection.request(attempt.order.request)
         except BaseException as error:
             # on whatever thread this is, the error belongs to whoever waits for the row
+            attempt.sent = False
             self._on_error(attempt, error)
             return
         reply.add_done_callback(partial(self._on_reply, attempt))
@@ -279,7 +281,8 @@ class FeaturePool:
             totals, server = self._totals, self._server_totals[link.name]
             if first:
                 link.num_refusals, link.paused_until = 0, 0.0
-                self._answer_times.add(answer_s)
+                if link.is_server:  # what is read from a disk says nothing of how long a server takes
+                    self._answer_times.add(answer_s)
                 totals.rows_received += 1
                 totals.bytes_received += features.num_bytes
                 totals.transfer_s += features.transfer_s
@@ -378,9 +381,9 @@ class FeaturePool:
             killed = []
             for attempt in attempts:
                 order = attempt.order
-                if died:
+                if died and attempt.sent:  # a server found dead did not die of the row
                     order.deaths.append(link.name)
-                if died and attempt.alone:
+                if died and attempt.sent and attempt.alone:
                     killed.append(order)
                 elif not order.over and not order.attempts:
                     self._totals.rows_moved += 1
@@ -404,7 +407,7 @@ class FeaturePool:
             self._closing.close(link.name, link.connection)
 
     def _note_whether_any_is_up(self) -> None:
-        if not self._rows.links and self._none_up_since is None:
+        if self._none_up_since is None and not any(link.is_server for link in self._rows.links.values()):
             self._none_up_since = time.monotonic()
 
     def _look(self) -> None:

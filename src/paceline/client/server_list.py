@@ -15,7 +15,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from paceline.client.connection import Connection
 
 MakeConnection = Callable[[], Connection]
-"""Makes an unopened connection to one server; called anew each time the server is connected."""
+"""Makes an unopened connection to one server; called anew each time the server is connected.
+
+Called on threads of the pool, whose current CUDA device is the first: devices have to be named with their index.
+"""
 
 _logger = logging.getLogger(__name__)
 
