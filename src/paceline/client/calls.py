@@ -116,21 +116,26 @@ class ServerCalls:
         self._row_timeout_s = transport.row_timeout_s
         self._control_timeout_s = transport.stall_timeout_s
         self._health_timeout_s = pool.health_timeout_s
-        self._server = HttpServer(
-            url,
-            {"Authorization": f"Bearer {token}"} if token else {},
-            connect_timeout_s=pool.connect_timeout_s,
-            stall_timeout_s=transport.stall_timeout_s,
-            tls_ca=tls_ca,
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        # a row's reply that is sent twice must not be taken for the answer to a control call
+        self._control_server, self._row_server = (
+            HttpServer(
+                url,
+                headers,
+                connect_timeout_s=pool.connect_timeout_s,
+                stall_timeout_s=transport.stall_timeout_s,
+                tls_ca=tls_ca,
+            )
+            for _ in range(2)
         )
 
     @property
     def url(self) -> str:
-        return self._server.url
+        return self._control_server.url
 
     def check_health(self) -> None:
         """Return if the server answers /healthz within `pool.health_timeout_s`, whatever it says."""
-        with self._server.call("GET", "/healthz", wait_s=self._health_timeout_s) as reply:
+        with self._control_server.call("GET", "/healthz", wait_s=self._health_timeout_s) as reply:
             reply.read(MAX_CONTROL_BYTES)
 
     def info(self) -> ServerInfo:
@@ -179,7 +184,7 @@ class ServerCalls:
             TransportError: no answer within `transport.row_timeout_s`.
             ConnectionBrokenError: the connection ended before the reply began.
         """
-        with self._server.call(
+        with self._row_server.call(
             "POST",
             f"{_path(session)}/rows",
             request,
@@ -222,11 +227,13 @@ class ServerCalls:
 
     def break_off(self) -> None:
         """Calls under way fail now."""
-        self._server.break_off()
+        self._row_server.break_off()
+        self._control_server.break_off()
 
     def close(self) -> None:
         """End all connections; calls under way and later ones fail with ServerLostError. Safe to call twice."""
-        self._server.close()
+        self._row_server.close()
+        self._control_server.close()
 
     def _control(
         self,
@@ -242,7 +249,7 @@ class ServerCalls:
         headers = {} if session is None else _key(session)
         if body:
             headers |= {"Content-Type": JSON, CHECKSUM_HEADER: checksum(body)}
-        with self._server.call(method, path, body, headers, wait_s=wait_s or self._control_timeout_s) as reply:
+        with self._control_server.call(method, path, body, headers, wait_s=wait_s or self._control_timeout_s) as reply:
             if reply.status // 100 != _OK // 100:
                 raise self._error(reply)
             content = reply.read(max_bytes)

@@ -16,11 +16,13 @@ import torch
 from paceline.client.calls import RowReply, ServerCalls
 from paceline.client.checks import check_header, check_target
 from paceline.client.http_connections import ConnectionBrokenError
+from paceline.client.opening import OpenSession, SessionOpener
 from paceline.config.placement import PoolConfig, TransportConfig
 from paceline.errors import (
     DamagedError,
-    HandshakeError,
     PacelineError,
+    ServerBusyError,
+    ServerFailedError,
     ServerLostError,
     SessionLostError,
     StoppedError,
@@ -29,33 +31,20 @@ from paceline.errors import (
 from paceline.schema.features import FeatureSpec
 from paceline.schema.layout import layout_bytes, reply_layout
 from paceline.schema.protocol import (
-    PROTOCOL_VERSION,
     ServerInfo,
-    SessionReply,
-    SessionRequest,
-    SpecMessage,
     TransportName,
 )
 from paceline.schema.rows import RowRequest
 from paceline.schema.target_info import TargetInfo
 from paceline.schema.wire import encode_request
-from paceline.transport.base import Delivery, Incoming, RemoteReceiver
+from paceline.transport.base import Delivery, Incoming
 from paceline.transport.buffers import HostBuffers
-from paceline.transport.negotiation import client_offers, host_facts
-from paceline.transport.receiving import ReceiverOffer, receiver_offers
 
 _SPARE_THREADS = 2
 """Beyond the prefetched rows: one for a hedged row, one for evaluation's own."""
-_LONGEST_LABEL = 128
+_REFUSALS = (ServerBusyError, ServerFailedError, SessionLostError)
+"""Answers of a server that will send nothing for a row."""
 _logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Session:
-    """An open session, and the client's end of its channel."""
-
-    reply: SessionReply
-    receiver: RemoteReceiver
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -99,16 +88,15 @@ class RemoteConnection:
         self._calls = ServerCalls(url, transport, pool, token=token, tls_ca=tls_ca)
         self._transport = transport
         self._pool = pool
-        self._device = device
-        self._label = label[:_LONGEST_LABEL]
-        self._buffers = buffers or HostBuffers(transport.prefetch_bytes, pinned=device.type == "cuda")
+        buffers = buffers or HostBuffers(transport.prefetch_bytes, pinned=device.type == "cuda")
+        self._opener = SessionOpener(self._calls, transport, pool, device, label, buffers)
         self._specs: dict[str, FeatureSpec] = {}
         self._server_info: ServerInfo | None = None
         self._opening = threading.Lock()
         """Held while a session is opened."""
         self._changed = threading.Condition()
         """Guards what `abort` and `close` touch: everything below."""
-        self._session: _Session | None = None
+        self._session: OpenSession | None = None
         self._waiting: deque[_Asked] = deque()
         self._outstanding: dict[Future[Delivery], int] = {}
         """Answers not yet given -> position."""
@@ -256,18 +244,22 @@ class RemoteConnection:
             self._check_alive(error)
             raise TransportError(f"{error}; the server lives") from error
 
-    def _ask_in(self, session: _Session, request: RowRequest) -> Delivery:
+    def _ask_in(self, session: OpenSession, request: RowRequest) -> Delivery:
         layout = reply_layout(request, self._specs[request.spec], self.info())
         buffer = session.receiver.reserve(layout_bytes(layout))
+        answered = False
         try:
             with self._calls.row(session.reply, encode_request(request)) as reply:
+                answered = True
                 self._check_header(session, request, reply)
                 return session.receiver.receive(Incoming(reply.header, layout, buffer, reply.body))
-        except BaseException:
+        except BaseException as error:
             buffer.give_back()
+            if not answered and not isinstance(error, _REFUSALS):
+                session.receiver.lost(request.position)
             raise
 
-    def _check_header(self, session: _Session, request: RowRequest, reply: RowReply) -> None:
+    def _check_header(self, session: OpenSession, request: RowRequest, reply: RowReply) -> None:
         """Return if the header announces this row, in the layout that was asked for.
 
         Raises:
@@ -310,7 +302,7 @@ class RemoteConnection:
         if served_by != self.server_id:
             raise ServerLostError(f"{broken}; the server was started anew") from broken
 
-    def _open(self, lost: _Session | None) -> _Session:
+    def _open(self, lost: OpenSession | None) -> OpenSession:
         """The session, opened if it is still the `lost` one.
 
         Raises:
@@ -324,7 +316,7 @@ class RemoteConnection:
                 return session
             if lost is not None:
                 self._check_same_target()
-            opened = self._negotiate()
+            opened = self._opener.open(self.server_info(), self._specs)
             with self._changed:
                 ended, self._session = self._ended, opened
             if ended is not None:
@@ -339,48 +331,6 @@ class RemoteConnection:
         info = self._calls.info()
         check_target(self.name, info.target, self.info())
         self._server_info = info
-
-    def _negotiate(self) -> _Session:
-        """A new session with the best transport that works."""
-        server, client = self.server_info(), host_facts(self._device)
-        offers = receiver_offers(self._transport, self._device, self._buffers)
-        try:
-            offered = client_offers(
-                self._transport.kind, client, server, {name: offer.prepare for name, offer in offers.items()}
-            )
-            reply = self._calls.open_session(
-                SessionRequest(
-                    protocol=PROTOCOL_VERSION,
-                    specs={name: SpecMessage.of(spec) for name, spec in self._specs.items()},
-                    target=server.target,
-                    client=client,
-                    offers=offered.offers,
-                    lease_s=self._pool.lease_s,
-                    label=self._label,
-                )
-            )
-            receiver = self._open_receiver(offers, reply, {offer.name for offer in offered.offers})
-        except BaseException:
-            _withdraw(offers)
-            raise
-        del offers[reply.transport]
-        _withdraw(offers)
-        offered.report(self.name, reply)
-        return _Session(reply, receiver)
-
-    def _open_receiver(
-        self, offers: Mapping[TransportName, ReceiverOffer], reply: SessionReply, offered: set[TransportName]
-    ) -> RemoteReceiver:
-        if reply.transport not in offered:
-            raise HandshakeError(f"{self.name} chose transport {reply.transport!r}, {sorted(offered)} were offered")
-        try:
-            return offers[reply.transport].open(reply.parameters, lambda call: self._calls.store(reply, call))
-        except BaseException:
-            try:
-                self._calls.end(reply)
-            except PacelineError as error:
-                _logger.info("%s was not told that a session is over, its lease will end it: %s", self.name, error)
-            raise
 
     def _keep(self) -> None:
         """The keeper's life. Without a keeper there is no connection: whatever ends it fails the rows."""
@@ -444,8 +394,3 @@ class RemoteConnection:
                 self._give_up(f"{self.name}: {what}: {error}")
             else:
                 _logger.warning("%s: %s: %s", self.name, what, error)
-
-
-def _withdraw(offers: Mapping[TransportName, ReceiverOffer]) -> None:
-    for offer in offers.values():
-        offer.withdraw()

@@ -143,3 +143,6 @@ class RemoteReceiver(Receiver[Incoming], Protocol):
 
     def drop(self, header: ReplyHeader) -> None:
         """The reply `header` belongs to is not wanted: throw away what of it does not come in the HTTP body."""
+
+    def lost(self, position: int) -> None:
+        """No reply came to a row that was asked for; what of it does not come in the HTTP body may come or not."""

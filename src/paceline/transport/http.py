@@ -54,5 +54,8 @@ class HttpReceiver:
     def drop(self, header: ReplyHeader) -> None:
         """Everything comes in the body."""
 
+    def lost(self, position: int) -> None:
+        """Everything comes in the body."""
+
     def close(self) -> None:
         """Nothing is held; deliveries own their memory."""
