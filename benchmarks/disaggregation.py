@@ -145,7 +145,7 @@ def build_draft(name: str, model: str, info: TargetInfo, device: torch.device, e
     )
     algorithm = load_algorithm(name)(config, context)
     if not eager:
-        compile_drafts({name: algorithm})
+        compile_drafts({name: algorithm}, sum(ROWS[name]))
     return algorithm
 
 

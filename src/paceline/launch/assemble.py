@@ -21,6 +21,7 @@ from paceline.drafts.interface import DraftAlgorithm
 from paceline.drafts.registry import load_algorithm
 from paceline.errors import DataError
 from paceline.evaluation.held_out import HeldOutEvaluation
+from paceline.launch.recorded import check_recording
 from paceline.launch.targets import RemoteAccess, open_target
 from paceline.launch.trained import build_draft, remember_data, remember_target
 from paceline.launch.warm_up import compile_drafts
@@ -85,10 +86,12 @@ def assemble_trainer(
         remember_target(run, info)
         remember_data(run, prepared)
         specs = feature_specs(config, info)
+        if target.recording is not None:
+            check_recording(target.recording, specs, train_rows)
         counts = prepared.token_counts
         drafts = {name: build_draft(config, name, info, weights, counts, device, dtype) for name in config.drafts}
         if config.training.compile:
-            compile_drafts(drafts)
+            compile_drafts(drafts, config.data.row_tokens)
         pool = FeaturePool(target.servers, specs, config.pool, info)
         stack.callback(pool.close)
         transport = config.transport

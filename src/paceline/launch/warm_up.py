@@ -19,16 +19,19 @@ Far enough apart that DFlash's lists of anchors, padded to multiples of 64, diff
 logger = logging.getLogger(__name__)
 
 
-def compile_drafts(drafts: Mapping[str, DraftAlgorithm]) -> None:
+def compile_drafts(drafts: Mapping[str, DraftAlgorithm], row_tokens: int) -> None:
     """Run everything that training and evaluation will run once, on rows that need no target; changes no weight.
 
     torch.compile refuses a compiled function that is called while another thread traces one. Whatever is still
     traced later (a row of a rare shape) then runs uncompiled that once.
+
+    Args:
+        row_tokens: length of the rows that will be trained; the last one tried, so that memory is as it will be.
     """
     torch._dynamo.config.error_on_nested_fx_trace = False  # noqa: SLF001 - there is no public name for it
     for name, algorithm in drafts.items():
         begin = time.monotonic()
-        for num_tokens in _ROW_TOKENS:
+        for num_tokens in (*_ROW_TOKENS, max(row_tokens, *_ROW_TOKENS)):
             row = fixed_row(algorithm, num_tokens)
             algorithm.loss(row).total.backward()
             algorithm.draft.zero_grad(set_to_none=True)
