@@ -23,6 +23,7 @@ from pydantic_core import PydanticUndefined
 from paceline.config.data import DataConfig, RegenerationConfig
 from paceline.config.drafts import DFlashConfig, DraftConfig, Eagle3Config
 from paceline.config.placement import PlacementConfig, PoolConfig, TransportConfig
+from paceline.config.recording import RecordingConfig
 from paceline.config.run import RunConfig
 from paceline.config.target import TargetConfig
 from paceline.config.training import EvaluationConfig, ExportConfig, ProfileConfig, TrackingConfig, TrainingConfig
@@ -58,6 +59,7 @@ SECTIONS: tuple[tuple[str, type[BaseModel], str], ...] = (
     ("placement", PlacementConfig, ""),
     ("transport", TransportConfig, ""),
     ("pool", PoolConfig, ""),
+    ("recording", RecordingConfig, ""),
     ("evaluation", EvaluationConfig, ""),
     ("regeneration", RegenerationConfig, ""),
     ("tracking", TrackingConfig, ""),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from paceline.cli.record import record, recorder
 from paceline.cli.serve import serve
 from paceline.errors import PacelineError
 from paceline.launch.signals import StopSignals, catch_stop_signals
@@ -178,6 +179,8 @@ def plan(context: typer.Context, config: ConfigFile, overrides: Overrides = None
 
 
 app.command()(serve)
+app.command()(record)
+app.command(hidden=True)(recorder)
 
 
 @app.command()

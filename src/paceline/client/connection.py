@@ -6,7 +6,7 @@ import threading
 from collections.abc import Mapping
 from concurrent.futures import Future
 from functools import partial
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 from paceline.errors import ServerLostError, StoppedError
 from paceline.schema.features import Features, FeatureSpec
@@ -47,6 +47,14 @@ class Connection(Protocol):
 
     def close(self) -> None:
         """Release the session; rows not yet answered fail with StoppedError. Safe to call twice."""
+
+
+@runtime_checkable
+class HoldsSomeRows(Protocol):
+    """What a connection has besides, that can answer some rows only; one without it can answer any row."""
+
+    def holds(self, request: RowRequest) -> bool:
+        """Whether the row may be asked for here; then it is, rather than elsewhere. Called with a lock held: quick."""
 
 
 class RowServer(Protocol):

@@ -46,7 +46,8 @@ class DataConfig(Config):
     cache_dir: str | None = None
     """Where tokenized data is kept; None is `prepared/` in the run directory."""
     recorded: str | None = None
-    """A directory written by `paceline record`: rows found in it are not asked of a target."""
+    """A directory written by `paceline record`. Rows found in it are read from there, the others asked of the target;
+    with placement "recorded" there is no other source, and the rows of training are those of the recording."""
 
     @model_validator(mode="after")
     def _an_end_marker_has_a_start(self) -> Self:

@@ -148,7 +148,7 @@ def _explain(problem: Any, classes: _Classes) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     value = problem["input"]
     shown = "" if isinstance(value, dict | list) else f" = {value!r}"
-    return f"  {key}{shown}: {message}"
+    return f"  {key}{shown}: {message}" if key else f"  {message}"
 
 
 def _known_keys(location: tuple[Any, ...], classes: _Classes) -> list[str]:

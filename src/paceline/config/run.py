@@ -1,13 +1,15 @@
 """RunConfig: the whole configuration of a run."""
 
 import re
+from typing import Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from paceline.config.base import Config
 from paceline.config.data import DataConfig, RegenerationConfig
 from paceline.config.drafts import AnyDraftConfig
 from paceline.config.placement import PlacementConfig, PoolConfig, TransportConfig
+from paceline.config.recording import RecordingConfig
 from paceline.config.target import TargetConfig
 from paceline.config.training import EvaluationConfig, ExportConfig, TrackingConfig, TrainingConfig
 
@@ -26,6 +28,7 @@ class RunConfig(Config):
     placement: PlacementConfig = PlacementConfig()
     transport: TransportConfig = TransportConfig()
     pool: PoolConfig = PoolConfig()
+    recording: RecordingConfig = RecordingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     regeneration: RegenerationConfig = RegenerationConfig()
     tracking: TrackingConfig = TrackingConfig()
@@ -45,3 +48,12 @@ class RunConfig(Config):
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", name):
                 raise ValueError(f"draft name {name!r}: use letters, digits, '_' and '-', at most 64")
         return drafts
+
+    @model_validator(mode="after")
+    def _a_recorded_target_is_somewhere(self) -> Self:
+        if self.placement.target == "recorded" and self.data.recorded is None:
+            raise ValueError(
+                'placement.target = "recorded" without data.recorded: set data.recorded to the directory that '
+                "`paceline record` wrote"
+            )
+        return self

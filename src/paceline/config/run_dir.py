@@ -65,6 +65,11 @@ class RunDir:
         return self.root / "prepared"
 
     @property
+    def recording(self) -> Path:
+        """Features of all rows, unless `recording.output` says where."""
+        return self.root / "recording"
+
+    @property
     def regenerated(self) -> Path:
         return self.root / "regenerated.jsonl"
 

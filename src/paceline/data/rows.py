@@ -49,7 +49,10 @@ class RowSource:
         if not self.num_rows:
             raise DataError(f"{self._split.path} has no samples, so there are no rows")
         epoch, place = divmod(position, self.num_rows)
-        row_id = int(self._epoch_order(epoch)[place])
+        return self.planned_row(int(self._epoch_order(epoch)[place]), position, epoch)
+
+    def planned_row(self, row_id: int, position: int, epoch: int = 0) -> Row:
+        """The row `row_id` (0..num_rows-1) of the plan, which is the same at every position and in every epoch."""
         tokens, spans, cuts, sample_ids, pieces = [], [], [], [], []
         documents = [0]
         for index, start, end, piece in self._plan.row_documents(row_id):

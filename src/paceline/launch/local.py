@@ -12,6 +12,7 @@ import os
 import secrets
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -65,12 +66,26 @@ class _Supervised:
     private: Path
     """0700: the token and the configuration handed to children; gone at the end."""
     token_file: Path
+    words: Sequence[str]
+    """The verb of the process that uses the servers, and options of its own."""
     servers: list[_Server] = field(default_factory=list)
     trainer: Child | None = None
 
 
 def train_with_servers(config: RunConfig, signals: StopSignals, console: Console) -> int:
     """Run a training with servers of its own; the trainer's exit code.
+
+    Raises:
+        PacelineError: as `run_with_servers`.
+    """
+    return run_with_servers(config, signals, console, ["trainer"])
+
+
+def run_with_servers(config: RunConfig, signals: StopSignals, console: Console, words: Sequence[str]) -> int:
+    """Run a process that uses servers of its own; its exit code.
+
+    Args:
+        words: its verb ("trainer", "recorder"), and options that this verb has besides the configuration.
 
     Raises:
         TargetError: a server never became ready, or the last one died too often; shows its last log lines.
@@ -84,7 +99,7 @@ def train_with_servers(config: RunConfig, signals: StopSignals, console: Console
         open_run(config)
         stack.enter_context(logging_for("supervisor", 0, paths.log("supervisor", 0), console))
         private = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="paceline-")))
-        run = _Supervised(config, paths, private, _write_token(private))
+        run = _Supervised(config, paths, private, _write_token(private), words)
         write_servers(paths.servers, [])
         stack.callback(write_servers, paths.servers, [])
         try:
@@ -112,11 +127,13 @@ def _start_all(run: _Supervised, processes: list[PlannedProcess]) -> None:
     training = run.config.training.model_copy(update={"device": trainer.devices[0]})
     config_file.write_text(dump_config(run.config.model_copy(update={"training": training})), encoding="utf-8")
     # It prepares the data while the servers load, and writes on this terminal.
-    run.trainer = Child("trainer-0", ["trainer", str(config_file), "--token-file", str(run.token_file)])
+    verb, *options = run.words
+    run.trainer = Child(f"{verb}-0", [verb, str(config_file), "--token-file", str(run.token_file), *options])
     logger.info(
-        "started %d servers on %s and a trainer on %s; logs in %s",
+        "started %d servers on %s and a %s on %s; logs in %s",
         len(run.servers),
         ", ".join("+".join(server.planned.devices) for server in run.servers),
+        verb,
         trainer.devices[0],
         run.paths.logs,
     )

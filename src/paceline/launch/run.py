@@ -28,6 +28,7 @@ _MAY_CHANGE = (
     "export",
     "placement",
     "pool",
+    "recording",
     "regeneration",
     "target.compile",
     "target.device",
@@ -48,6 +49,7 @@ _MAY_CHANGE = (
     "transport",
     "data.num_workers",
     "data.cache_dir",
+    "data.recorded",
 )
 """Settings that do not change what is trained on: a run may go on with other values of them."""
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "numpy", "pydantic")

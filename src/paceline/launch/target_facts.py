@@ -7,9 +7,11 @@ from pathlib import Path
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from paceline.client.recording import Recording
 from paceline.config.run import RunConfig
 from paceline.config.run_dir import RunDir
 from paceline.drafts.registry import load_algorithm
+from paceline.errors import DataError
 from paceline.launch.trained import recall_target
 from paceline.schema.features import merge_specs
 from paceline.schema.layout import ELEMENT_BYTES
@@ -38,8 +40,44 @@ def read_checkpoint_facts(config: RunConfig) -> TargetFacts:
     return TargetFacts(int(text.vocab_size), choose_mask_token(tokenizer, int(text.vocab_size)), tokenizer)
 
 
+def open_recording(config: RunConfig) -> Recording:
+    """The recording that placement "recorded" trains from.
+
+    Raises:
+        DataError: there is none, it is not finished, or files of it are missing or too short.
+    """
+    assert config.data.recorded is not None, "the configuration was checked"
+    recording = Recording(config.data.recorded)
+    manifest = recording.manifest
+    if not manifest.complete:
+        raise DataError(
+            f"{recording.name} is not finished: {manifest.num_recorded_rows} of {manifest.num_rows} rows are there; "
+            "run `paceline record` again, it goes on"
+        )
+    if problems := recording.forget_missing():
+        raise DataError(
+            f"{recording.name} is damaged: " + "; ".join(problems) + "; copy the files anew, or run `paceline record` "
+            "again"
+        )
+    return recording
+
+
+def recorded_facts(config: RunConfig) -> TargetFacts:
+    """From a recording, all of whose files but the shards are compared with what was written.
+
+    Raises:
+        DataError: as `open_recording`, or a file that is damaged.
+    """
+    recording = open_recording(config)
+    recording.check_files()
+    info = recording.info
+    return TargetFacts(info.vocab_size, info.mask_token_id, load_tokenizer(str(recording.paths.tokenizer)))
+
+
 def known_facts(config: RunConfig) -> TargetFacts:
-    """What a run directory remembers of a target that was elsewhere, else what the checkpoint's files say."""
+    """What a recording or a run directory says of a target that was elsewhere, else what the checkpoint's files say."""
+    if config.placement.target == "recorded":
+        return recorded_facts(config)
     run = RunDir(Path(config.run_dir))
     if run.tokenizer.is_dir() and run.target_info.exists():
         info = recall_target(run)
@@ -50,7 +88,10 @@ def known_facts(config: RunConfig) -> TargetFacts:
 def feature_bytes_per_token(config: RunConfig) -> tuple[int, tuple[int, ...]]:
     """(bytes a token of a fully supervised row takes, the capture layers of all drafts)."""
     run = RunDir(Path(config.run_dir))
-    info = recall_target(run) if run.target_info.exists() else _outline(config)
+    if config.placement.target == "recorded":
+        info = open_recording(config).info
+    else:
+        info = recall_target(run) if run.target_info.exists() else _outline(config)
     drafts = [(load_algorithm(draft.algorithm), draft) for draft in config.drafts.values()]
     spec = merge_specs(algorithm.feature_spec(draft, info) for algorithm, draft in drafts)
     num_states = len(spec.layers) + (spec.final_hidden != "none")

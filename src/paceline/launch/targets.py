@@ -7,14 +7,18 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from paceline.client.calls import ServerCalls
+from paceline.client.checks import check_target
 from paceline.client.connection import LocalConnection
+from paceline.client.recorded import PartialConnection, RecordedConnection, RecordingBeside
+from paceline.client.recorded_weights import RecordedWeights
+from paceline.client.recording import Recording
 from paceline.client.remote import RemoteConnection
 from paceline.client.server_list import FixedServers, ServerList, ServersFile, write_servers
 from paceline.client.weights import RemoteWeights
@@ -22,7 +26,7 @@ from paceline.config.run import RunConfig
 from paceline.config.run_dir import RunDir
 from paceline.drafts.interface import TargetWeights
 from paceline.errors import ConfigError, ServerLostError, StoppedError
-from paceline.launch.target_facts import TargetFacts, read_checkpoint_facts
+from paceline.launch.target_facts import TargetFacts, open_recording, read_checkpoint_facts, recorded_facts
 from paceline.launch.tokens import take_token
 from paceline.schema.protocol import ServerInfo
 from paceline.schema.target_info import TargetInfo
@@ -30,6 +34,7 @@ from paceline.target.admission import Admission
 from paceline.target.hf.engine import HFEngine
 from paceline.target.hf.loading import load_tokenizer
 from paceline.target.hf.weights import CheckpointWeights
+from paceline.transport.buffers import HostBuffers
 from paceline.transport.local import LocalReceiver, LocalSender
 
 FROM_SERVER = "server"
@@ -47,6 +52,8 @@ class OpenTarget:
     weights: TargetWeights
     """On the trainer's device, in its dtype."""
     servers: ServerList
+    recording: Recording | None = None
+    """What rows come from that it has."""
 
 
 class RemoteAccess:
@@ -151,11 +158,13 @@ def open_access(config: RunConfig, stop: threading.Event, token_file: Path | Non
 
 
 def target_facts(config: RunConfig, access: RemoteAccess | None) -> TargetFacts:
-    """What preparing data needs of the target: from a server where `data.tokenizer` says so, else from its files.
+    """What preparing data needs of the target: from a recording or a server where the run has one, else from its files.
 
     Raises:
         ConfigError: data.tokenizer = "server" without servers.
     """
+    if config.placement.target == "recorded":
+        return recorded_facts(config)
     if config.data.tokenizer == FROM_SERVER and access is None:
         raise ConfigError(
             f'data.tokenizer = "server" with placement.target = "{config.placement.target}": name a directory or a hub '
@@ -171,15 +180,49 @@ def target_facts(config: RunConfig, access: RemoteAccess | None) -> TargetFacts:
 def open_target(
     config: RunConfig, device: torch.device, dtype: torch.dtype, access: RemoteAccess | None
 ) -> Iterator[OpenTarget]:
-    """The target where the placement says it is, until the block ends; servers elsewhere are not ended with it."""
-    if access is None:
+    """The target where the placement says it is, until the block ends; servers elsewhere are not ended with it.
+
+    Raises:
+        HandshakeError: the recording beside it is of another target.
+        DataError: the recording cannot be used.
+    """
+    if config.placement.target == "recorded":
+        yield _open_recorded(config, device, dtype)
+    elif access is None:
         with _open_inline(config, device, dtype) as target:
-            yield target
-        return
+            yield _with_recording(config, device, target)
+    else:
+        yield _with_recording(config, device, _open_remote(config, device, dtype, access))
+
+
+def _open_recorded(config: RunConfig, device: torch.device, dtype: torch.dtype) -> OpenTarget:
+    recording = open_recording(config)
+    connect = partial(RecordedConnection, recording, _buffers(config, device), device)
+    weights = RecordedWeights(recording.paths.weights, device, dtype)
+    return OpenTarget(recording.info, weights, FixedServers({recording.name: connect}), recording)
+
+
+def _with_recording(config: RunConfig, device: torch.device, target: OpenTarget) -> OpenTarget:
+    """`target`, with the recording of `data.recorded` beside it."""
+    if config.data.recorded is None:
+        return target
+    recording = Recording(config.data.recorded)
+    check_target(recording.name, recording.info, target.info)
+    for problem in recording.forget_missing():
+        logger.warning("%s; these rows are asked of the target", problem)
+    connect = partial(PartialConnection, recording, _buffers(config, device), device)
+    return replace(target, servers=RecordingBeside(target.servers, recording, connect), recording=recording)
+
+
+def _buffers(config: RunConfig, device: torch.device) -> HostBuffers:
+    return HostBuffers(config.transport.prefetch_bytes, pinned=device.type == "cuda")
+
+
+def _open_remote(config: RunConfig, device: torch.device, dtype: torch.dtype, access: RemoteAccess) -> OpenTarget:
     info = access.info()
     logger.info("target %s on servers named in %s", info.target.name, RunDir(Path(config.run_dir)).servers)
     weights = RemoteWeights(access.calls, info.target, device, dtype)
-    yield OpenTarget(info.target, weights, access.servers(device))
+    return OpenTarget(info.target, weights, access.servers(device))
 
 
 @contextlib.contextmanager

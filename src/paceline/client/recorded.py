@@ -1,0 +1,232 @@
+"""Features recorded on disk as one more source of the pool."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+
+from paceline.client.checks import check_header
+from paceline.client.connection import Connection
+from paceline.client.recording import Recording, RowPlace, read_row
+from paceline.client.server_list import MakeConnection, ServerList
+from paceline.errors import DamagedError, DataError, ServerLostError, StoppedError
+from paceline.schema.features import FeatureSpec
+from paceline.schema.layout import ReplyLayout, layout_bytes, reply_layout
+from paceline.schema.protocol import ReplyHeader, TensorEntry
+from paceline.schema.recording import row_key
+from paceline.schema.rows import RowRequest
+from paceline.schema.target_info import TargetInfo
+from paceline.schema.wire import LENGTH_BYTES, decode_reply_head
+from paceline.transport.base import Delivery, Incoming
+from paceline.transport.buffers import HostBuffer, HostBuffers
+from paceline.transport.delivery import HostToTrainer
+from paceline.transport.feature_bytes import unpack_tensors
+
+_NUM_THREADS = 4
+"""Rows read at one time; more only compete for the disk."""
+_logger = logging.getLogger(__name__)
+
+
+class RecordedConnection:
+    """Every row of a run from a recording (client.connection.Connection).
+
+    consumes: rows of any thread      waits for: the disk, on threads of its own
+    unblocked by: the disk, abort(), close()
+
+    A damaged row is read a second time, from the disk itself; if that does not help, the run ends.
+    """
+
+    def __init__(self, recording: Recording, buffers: HostBuffers, device: torch.device) -> None:
+        """Read nothing yet.
+
+        Args:
+            buffers: host memory for rows, pinned where `device` is a GPU; may be shared.
+            device: the trainer's.
+        """
+        self._recording = recording
+        self._buffers = buffers
+        self._to_trainer = HostToTrainer(device)
+        self._specs: dict[str, FeatureSpec] = {}
+        self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="recording")
+        self._lock = threading.Lock()
+        """Guards everything below."""
+        self._outstanding: dict[Future[Delivery], int] = {}
+        """Answers not yet given -> position."""
+        self._ended: Exception | None = None
+
+    @property
+    def name(self) -> str:
+        return self._recording.name
+
+    def info(self) -> TargetInfo:
+        return self._recording.info
+
+    def open_session(self, specs: Mapping[str, FeatureSpec]) -> None:
+        self._recording.check_covers(specs)
+        self._specs = dict(specs)
+
+    def request(self, request: RowRequest) -> Future[Delivery]:
+        answer: Future[Delivery] = Future()
+        answer.set_running_or_notify_cancel()
+        with self._lock:
+            if self._ended is not None:
+                raise type(self._ended)(f"{self._ended}: row {request.position} is not asked for")
+            self._outstanding[answer] = request.position
+            self._threads.submit(self._answer, request, answer)
+        return answer
+
+    def abort(self) -> None:
+        self._end(ServerLostError(f"{self.name} was given up"))
+
+    def close(self) -> None:
+        self._end(StoppedError(f"{self.name} was closed"))
+
+    def _end(self, reason: Exception) -> None:
+        with self._lock:
+            self._ended = self._ended or reason
+            outstanding, self._outstanding = self._outstanding, {}
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for answer, position in outstanding.items():
+            answer.set_exception(type(reason)(f"{reason} before row {position} came"))
+
+    def _answer(self, request: RowRequest, answer: Future[Delivery]) -> None:
+        """On a thread of its own; every error belongs to whoever waits for the row."""
+        delivery: Delivery | None = None
+        error: BaseException | None = None
+        begin = time.monotonic()
+        try:
+            delivery = self._deliver(request)
+            delivery.features.transfer_s = time.monotonic() - begin
+        except BaseException as failure:
+            error = failure
+        with self._lock:
+            wanted = self._outstanding.pop(answer, None) is not None
+        if not wanted:
+            if delivery is not None:
+                delivery.release()
+        elif delivery is not None:
+            answer.set_result(delivery)
+        else:
+            answer.set_exception(error)
+
+    def _deliver(self, request: RowRequest) -> Delivery:
+        key = row_key(request)
+        place = self._recording.find(key)
+        if place is None:
+            raise self._lacks(request)
+        recorded = reply_layout(request, self._recording.spec, self._recording.info)
+        buffer = self._buffers.reserve(layout_bytes(recorded))
+        try:
+            header = self._read(key, place, buffer)
+            check_header(self.name, request, self._recording.spec, self._recording.info, header)
+            return self._to_trainer.deliver(self._select(request, header, recorded, buffer))
+        except BaseException:
+            buffer.give_back()
+            raise
+
+    def _read(self, key: str, place: RowPlace, buffer: HostBuffer) -> ReplyHeader:
+        try:
+            return _read_reply(key, place, buffer)
+        except DamagedError as error:
+            _logger.warning("%s; it is read again", error)
+        try:
+            return _read_reply(key, place, buffer, from_disk=True)
+        except DamagedError as error:
+            raise self._is_damaged(key, error) from error
+
+    def _lacks(self, request: RowRequest) -> Exception:
+        """The error for a row that is not there."""
+        return DataError(
+            f"{self.name} does not hold row {request.position} of {len(request.tokens)} tokens: its rows are of other "
+            "data, or packed in another way"
+        )
+
+    def _is_damaged(self, key: str, error: DamagedError) -> Exception:
+        """The error for a row that was damaged when it was read a second time."""
+        del key
+        return DataError(
+            f"{error}; copy the file anew, or remove its entry from {self._recording.paths.manifest} and record again"
+        )
+
+    def _select(self, request: RowRequest, header: ReplyHeader, recorded: ReplyLayout, buffer: HostBuffer) -> Incoming:
+        """The reply that was asked for, out of the one that was recorded; in `buffer` if they are the same."""
+        spec = self._specs[request.spec]
+        layout = reply_layout(request, spec, self._recording.info)
+        if spec != self._recording.spec:
+            selected = self._buffers.reserve(layout_bytes(layout))
+            source, wanted = unpack_tensors(recorded, buffer.memory), unpack_tensors(layout, selected.memory)
+            _copy_selected(source, wanted, [header.layers.index(layer) for layer in spec.layers], request)
+            buffer.give_back()
+            buffer = selected
+        asked = header.model_copy(
+            update={
+                "position": request.position,
+                "row_hash": request.row_hash(),
+                "layers": spec.layers,
+                "tensors": {name: TensorEntry.of(tensor) for name, tensor in layout.items()},
+                "num_bytes": layout_bytes(layout),
+            }
+        )
+        return Incoming(asked, layout, buffer, None)
+
+
+class PartialConnection(RecordedConnection):
+    """The rows that a recording has, beside servers that are asked for the others, and for those damaged on disk."""
+
+    def holds(self, request: RowRequest) -> bool:
+        """Whether the row is to be asked for here."""
+        return self._recording.find(row_key(request)) is not None
+
+    def _lacks(self, request: RowRequest) -> Exception:
+        return DamagedError(f"{self.name} does not hold row {request.position} any more")
+
+    def _is_damaged(self, key: str, error: DamagedError) -> Exception:
+        self._recording.forget(key)
+        return DamagedError(f"{error}; a server is asked for it instead")
+
+
+class RecordingBeside:
+    """The servers of another list, and a recording (client.server_list.ServerList)."""
+
+    def __init__(self, servers: ServerList, recording: Recording, connect: Callable[[], Connection]) -> None:
+        self._servers = servers
+        self._recorded = {recording.name: connect}
+
+    def read(self) -> Mapping[str, MakeConnection]:
+        return {**self._recorded, **self._servers.read()}
+
+
+def _read_reply(key: str, place: RowPlace, buffer: HostBuffer, *, from_disk: bool = False) -> ReplyHeader:
+    """Fill `buffer`; the header in front of it, which proves that it is the row of this key."""
+    head = bytearray(max(place.row.num_bytes - len(buffer.view), LENGTH_BYTES))
+    read_row(place, memoryview(head), buffer.view, from_disk=from_disk)
+    header = decode_reply_head(memoryview(head)[LENGTH_BYTES:])
+    if header.row_hash != key:
+        raise DamagedError(f"{place} is the row of hash {header.row_hash}, expected {key}")
+    return header
+
+
+def _copy_selected(
+    source: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor], layers: list[int], request: RowRequest
+) -> None:
+    """Fill the tensors that are wanted from those that were recorded for more layers, or for more tokens."""
+    for name, tensor in wanted.items():
+        given = source[name]
+        if name == "hidden":
+            torch.index_select(given, 1, torch.tensor(layers), out=tensor)
+        elif given.shape == tensor.shape:
+            tensor.copy_(given)
+        else:  # of all tokens; the supervised ones are wanted
+            torch.index_select(given, 0, _supervised(request), out=tensor)
+
+
+def _supervised(request: RowRequest) -> torch.Tensor:
+    """int64[F]: the supervised tokens of a row."""
+    if not len(request.spans):
+        return torch.zeros(0, dtype=torch.int64)
+    return torch.cat([torch.arange(int(start), int(end)) for start, end in request.spans])
