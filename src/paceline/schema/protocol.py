@@ -90,7 +90,8 @@ class TransportOffer(Message):
 
     name: TransportName
     parameters: dict[str, str] = Field(default_factory=dict, max_length=16)
-    """file: "directory" and "nonce"; nccl and gloo: "nonce"."""
+    """file: "directory" and "nonce". nccl and gloo: "stall_timeout_s". gloo: "address", the server's as the client
+    reaches it."""
 
 
 class SessionRequest(Message):
