@@ -65,6 +65,7 @@ NumThreads = Annotated[int | None, _target_option("CPU threads of torch.")]
 Attention = Annotated[str | None, _target_option("transformers' attention implementation.")]
 Compile = Annotated[bool | None, _target_option("Compile the decoder layers.", "--compile")]
 TrustCode = Annotated[bool | None, _target_option("Run code of the checkpoint.", "--trust-remote-code")]
+RowsPerForward = Annotated[int, _target_option("Rows computed together; more than 1 is lossy.", min=1)]
 MaxRowTokens = Annotated[int, _target_option("Longer rows are refused.", min=1)]
 MaxUnsentBytes = Annotated[int, _target_option("Features of one session computed and not yet sent.", min=1)]
 Host = Annotated[str, _network_option("Address to listen on; others than loopback need a token.")]
@@ -93,6 +94,7 @@ def serve(
     attention: Attention = None,
     compile: Compile = None,  # noqa: A002 - the option's name
     trust_remote_code: TrustCode = None,
+    rows_per_forward: RowsPerForward = 1,
     max_row_tokens: MaxRowTokens = 131_072,
     max_unsent_bytes: MaxUnsentBytes = 8 << 30,
     host: Host = "127.0.0.1",
@@ -123,11 +125,12 @@ def serve(
         tls_key=tls_key,
         advertise=advertise,
         max_row_tokens=max_row_tokens,
+        max_unsent_rows=3 * rows_per_forward + 1,
         max_unsent_bytes=max_unsent_bytes,
     )
     from paceline.launch.serve import ServeOptions, serve_target
 
-    process = ServeOptions(auto_exit_s, ready_file, log_file, log_level.value)
+    process = ServeOptions(auto_exit_s, ready_file, log_file, log_level.value, rows_per_forward)
     signals = context.find_object(StopSignals)
     assert signals is not None, "main() passes them"
     serve_target(config, settings, process, signals, typer.echo)

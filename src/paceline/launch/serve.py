@@ -22,15 +22,19 @@ from paceline.schema.protocol import TransportName
 from paceline.target.admission import Admission
 from paceline.target.hf.engine import HFEngine
 from paceline.target.hf.loading import resolve_device
+from paceline.target.hf.merging import MergingEngine
 from paceline.target.hf.tables import CheckpointTables
 from paceline.target.hf.tokenizer_files import TokenizerFiles
 from paceline.target.hf.weights import CheckpointWeights
+from paceline.target.interface import Engine
 from paceline.target.server.gate import check_address
 from paceline.target.server.server import ServedTarget, TargetServer
 from paceline.target.server.settings import ServerSettings
 from paceline.transport.buffers import HostBuffers
+from paceline.transport.file import FileSenders
 from paceline.transport.http import HttpSender
 from paceline.transport.negotiation import OpenedSender, OpenSender, SenderRequest, host_facts
+from paceline.transport.p2p.opening import P2PSenders, p2p_kinds
 
 if TYPE_CHECKING:
     from paceline.launch.signals import StopSignals
@@ -54,6 +58,8 @@ class ServeOptions:
     log_file: Path | None = None
     """None logs to stderr."""
     log_level: str = "INFO"
+    rows_per_forward: int = 1
+    """More than 1 is lossy: features depend in the last bits on what else is asked for."""
 
 
 def serve_target(
@@ -81,9 +87,9 @@ def serve_target(
         engine = HFEngine(config)
         stack.callback(engine.close)
         signals.grace_s = _GRACE_S
-        admission = Admission(engine, settings.max_unsent_rows, settings.max_sessions)
+        admission = Admission(_merging(engine, options), settings.max_unsent_rows, settings.max_sessions)
         stack.callback(admission.close)
-        server = TargetServer(_served(config, engine, admission), settings)
+        server = TargetServer(_served(config, options, settings.advertise, engine, admission), settings)
         stack.callback(server.stop)
         engine.on_lost(server.health.engine_died)
         announce(f"{config.model} is served at {server.url}")
@@ -94,7 +100,13 @@ def serve_target(
             _end_now(server)
 
 
-def _served(config: TargetConfig, engine: HFEngine, admission: Admission) -> ServedTarget:
+def _merging(engine: HFEngine, options: ServeOptions) -> Engine:
+    return engine if options.rows_per_forward == 1 else MergingEngine(engine, options.rows_per_forward)
+
+
+def _served(
+    config: TargetConfig, options: ServeOptions, advertise: str | None, engine: HFEngine, admission: Admission
+) -> ServedTarget:
     device = resolve_device(config.device)
     # read in slices, whatever device and dtype the engine computes in
     weights = CheckpointWeights(config, torch.device("cpu"), torch.float32)
@@ -104,11 +116,12 @@ def _served(config: TargetConfig, engine: HFEngine, admission: Admission) -> Ser
         weights=CheckpointTables(weights),
         tokenizer=TokenizerFiles(engine.tokenizer),
         host=host_facts(device),
-        senders=_senders(device),
+        senders=_senders(device, advertise),
+        lossy=options.rows_per_forward > 1,
     )
 
 
-def _senders(device: torch.device) -> Mapping[TransportName, OpenSender]:
+def _senders(device: torch.device, advertise: str | None) -> Mapping[TransportName, OpenSender]:
     """The transports of this server; those that listen or write do so only once a session asks for them."""
     buffers = HostBuffers(_KEPT_BYTES, pinned=device.type == "cuda")
 
@@ -116,7 +129,10 @@ def _senders(device: torch.device) -> Mapping[TransportName, OpenSender]:
         del request
         return OpenedSender(HttpSender(buffers), {})
 
-    return {"http": open_http}
+    senders: dict[TransportName, OpenSender] = {"http": open_http, "file": FileSenders(buffers)}
+    for kind in p2p_kinds(device):
+        senders[kind] = P2PSenders(kind, buffers, advertise)
+    return senders
 
 
 def _wait(server: TargetServer, options: ServeOptions, signals: StopSignals) -> None:

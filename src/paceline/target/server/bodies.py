@@ -12,7 +12,7 @@ from typing import Any
 from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
-from paceline.errors import DamagedError, WireError
+from paceline.errors import DamagedError
 from paceline.schema.protocol import CHECKSUM_HEADER
 from paceline.schema.wire import checksum
 from paceline.target.server.answers import Refusal
@@ -77,7 +77,7 @@ def _check_sum(headers: Headers, body: bytearray, required: bool) -> None:
     said = headers.get(CHECKSUM_HEADER)
     if said is None:
         if required:
-            raise WireError(f"a row request needs the header {CHECKSUM_HEADER}: xxh3-64 of the body, 16 hex digits")
+            raise DamagedError(f"a row request needs the header {CHECKSUM_HEADER}: xxh3-64 of the body, 16 hex digits")
         return
     if not _CHECKSUM.fullmatch(said):
         raise DamagedError(f"{CHECKSUM_HEADER} is no 16 hex digits")

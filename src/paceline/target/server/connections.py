@@ -45,7 +45,7 @@ class BoundedConnection(H11Protocol):
         super().on_response_complete()
 
     def send_400_response(self, msg: str) -> None:
-        body = ErrorReply(error="wrong_request", message=f"no HTTP request: {msg}").model_dump_json().encode()
+        body = ErrorReply(error="damaged", message=f"no HTTP request: {msg}").model_dump_json().encode()
         headers = [
             ("content-type", JSON),
             ("content-length", str(len(body))),
