@@ -97,8 +97,14 @@ def test_what_a_server_answers_after_it_was_given_up_is_dropped() -> None:
     class Deaf(ServerConnection):
         """Goes on although it was given up."""
 
+        def request(self, request: RowRequest) -> Future[Delivery]:
+            told.append(super().request(request))
+            return told[-1]
+
         def abort(self) -> None:
             pass
+
+    told: list[Future[Delivery]] = []
 
     def spoil(request: RowRequest, features: Features) -> Features:
         if request.position == 1:
@@ -107,18 +113,22 @@ def test_what_a_server_answers_after_it_was_given_up_is_dropped() -> None:
 
     engine = SmallEngine(num_threads=2, spoil=spoil)
     engine.hold(0)
-    first, second = Server("a", engine), Server("b")
+    first, second = Server("a", engine), held("b", 0)
     servers = ChangingServers()
     servers.change_to({"a": lambda: Deaf(first)})
     with pool_of(first, second, listed=servers) as pool:
         answers = ask(pool, 0)
-        eventually(lambda: first.positions() == [0])
+        eventually(has_got(first, 0))
         answers += ask(pool, 1)
         eventually(lambda: pool.stats.server_deaths > 0)
         servers.change_to({"b": second.connect})
-        all_right(answers, 0, 1)
+        right(answers[1], small_row(1))
         engine.let_go(0)
         eventually(lambda: pool.stats.late_replies == 1)
+        assert not answers[0].done(), "the second server has it by now"
+        eventually(lambda: told[0].result().features.num_tokens == 0)  # it was let go of
+        second.engine.let_go(0)
+        all_right(answers[:1], 0)
         assert pool.stats.rows_received == 2
 
 
@@ -169,13 +179,16 @@ def test_a_wait_for_servers_says_what_is_wrong_with_each_and_ends(caplog: pytest
 
 
 def test_a_pool_begins_with_one_server_and_the_others_join() -> None:
-    first, late = Server("a"), Server("b", alive=False)
+    first, late = held("a", 0), Server("b", alive=False)
     with pool_of(first, late) as pool:
         assert pool.stats.servers_up == 1
         late.come_back()
         eventually(lambda: pool.stats.servers_up == 2)
-        all_right(ask(pool, *range(6)), *range(6))
-        assert late.positions()
+        answers = ask(pool, 0, 1)
+        right(answers[1], small_row(1))
+        first.engine.let_go(0)
+        right(answers[0], small_row(0))
+    assert (first.positions(), late.positions()) == ([0], [1])
 
 
 def test_a_pool_waits_for_its_first_server() -> None:
