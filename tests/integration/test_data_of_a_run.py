@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import threading
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from paceline.config.run_dir import RunDir
 from paceline.data.prepared import PreparedData
+from paceline.errors import DataError, RunDirectoryError
 from paceline.launch.prepare import prepare_data
+from paceline.launch.regenerate import regenerate_data
 from paceline.launch.target_facts import read_checkpoint_facts
+from tiny import CHAT_TEMPLATE, tiny_tokenizer
 from whole_run import DRAFTS, run_config, write_lines
 
 DFLASH, EAGLE3 = DRAFTS["dflash"], DRAFTS["eagle3"]
@@ -52,3 +59,38 @@ def test_a_sample_with_the_mask_token_is_skipped_and_named_where_a_draft_masks(
     (told,) = own.summary.train.examples.values()
     assert "train.jsonl line 12: token 270" in told
     assert len(prepared(tmp_path, tiny_target, rows, drafts={"eagle3": EAGLE3}).train) == 12
+
+
+def regenerated(tmp_path: Path, target: Path, name: str, **changes: Any) -> list[dict[str, Any]]:
+    """Conversations of the data that the target has answered anew."""
+    questions = [{"messages": [{"role": "user", "content": word}]} for word in ("ab?", "cd?", "ef?")]
+    write_lines(tmp_path / "train.jsonl", questions)
+    output = tmp_path / f"{name}.jsonl"
+    config = run_config(tmp_path / "run", target, tmp_path, regeneration__max_new_tokens=12, **changes)
+    assert regenerate_data(config, threading.Event(), output=output).num_answered == 3
+    return [json.loads(line) for line in output.read_text().splitlines()]
+
+
+def test_regeneration_asks_with_the_tokenizer_that_the_data_is_prepared_with(tiny_target: Path, tmp_path: Path) -> None:
+    other = tiny_tokenizer()
+    other.chat_template = CHAT_TEMPLATE.replace("{{ message.content }}", "({{ message.content }})")
+    other.save_pretrained(tmp_path / "other")
+    (tmp_path / "template.jinja").write_text(other.chat_template)
+    tokenizer = {"data__tokenizer": str(tmp_path / "other")}
+    answers = regenerated(tmp_path, tiny_target, "tokenizer", **tokenizer)
+    template = str(tmp_path / "template.jinja")
+    assert answers == regenerated(tmp_path, tiny_target, "template", data__chat_template=template)
+    assert answers != regenerated(tmp_path, tiny_target, "plain"), "the premise: the prompts differ"
+    with pytest.raises(RunDirectoryError, match="tokenizer"):
+        regenerated(tmp_path, tiny_target, "plain", **tokenizer)
+
+
+def test_regeneration_refuses_a_tokenizer_that_the_target_has_no_embedding_for(
+    tiny_target: Path, tmp_path: Path
+) -> None:
+    large = tiny_tokenizer()
+    large.add_tokens([f"<{index}>" for index in range(40)])
+    large.save_pretrained(tmp_path / "large")
+    with pytest.raises(DataError, match=r"has token 300 .*lm_head has 300 rows.*data\.tokenizer"):
+        regenerated(tmp_path, tiny_target, "large", data__tokenizer=str(tmp_path / "large"))
+    assert not (tmp_path / "large.jsonl").exists()

@@ -33,7 +33,15 @@ from paceline.data.split import PreparedSample, PreparedSplit, write_split
 from paceline.data.summary import HELD_OUT, PrepareSummary, SplitSummary, check_summary
 from paceline.errors import DataError
 
-__all__ = ["PreparedData", "PreparedSample", "PreparedSplit", "load_prepared", "prepare", "tokenizer_fingerprint"]
+__all__ = [
+    "PreparedData",
+    "PreparedSample",
+    "PreparedSplit",
+    "check_vocabulary",
+    "load_prepared",
+    "prepare",
+    "tokenizer_fingerprint",
+]
 
 _log = logging.getLogger(__name__)
 _FORMAT = 1  # raise it when the same input gives other samples or other files
@@ -83,7 +91,7 @@ def prepare(
         DataError: a file that cannot be read, a tokenizer that does not fit the target or has no chat template,
             more skipped samples than `config.max_skipped_fraction`, no sample left, a full disk.
     """
-    _check_vocabulary(tokenizer, target_vocab_size)
+    check_vocabulary(tokenizer, target_vocab_size)
     tokenize = SampleTokenizer(tokenizer, config, reserved_tokens)
     train = Source(config.train)
     held_out = Source(config.eval) if config.eval is not None else None
@@ -153,7 +161,12 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return _hash({"algorithm": algorithm, "special": special, "template": tokenizer.chat_template})
 
 
-def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, target_vocab_size: int) -> None:
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, target_vocab_size: int) -> None:
+    """Raise unless the target has an embedding for every token of the tokenizer.
+
+    Raises:
+        DataError: names the token.
+    """
     token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", -1))
     if largest >= target_vocab_size:
         raise DataError(

@@ -11,11 +11,13 @@ import xxhash
 from paceline.config.run import RunConfig
 from paceline.config.run_dir import RunDir
 from paceline.data.conversations import read_conversations
+from paceline.data.prepared import check_vocabulary, tokenizer_fingerprint
 from paceline.data.regeneration import RegenerationSummary, regenerate
-from paceline.data.samples import read_chat_template
+from paceline.launch.prepare import load_run_tokenizer
+from paceline.launch.target_facts import read_checkpoint_facts
 from paceline.target.hf.fingerprint import fingerprint_weights
 from paceline.target.hf.generation import Generator
-from paceline.target.hf.loading import load_model, load_tokenizer, resolve_checkpoint, resolve_device
+from paceline.target.hf.loading import load_model, resolve_checkpoint, resolve_device
 
 Progress = Callable[[RegenerationSummary], None]
 
@@ -30,16 +32,16 @@ def regenerate_data(
     """Rewrite `source` (`data.train` unless given) into `output`; goes on where an earlier call ended.
 
     Raises:
-        DataError: unreadable input, or an output that belongs to other conversations.
+        DataError: unreadable input, a tokenizer that does not fit the target, or an output that belongs to other
+            conversations.
         RunDirectoryError: the output was made with another target or other settings.
     """
     settings, target = config.regeneration, config.target
     checkpoint = resolve_checkpoint(target.model, target.revision, target.trust_remote_code)
+    facts = read_checkpoint_facts(config)
+    tokenizer = load_run_tokenizer(config, facts)
+    check_vocabulary(tokenizer, facts.vocab_size)
     model = load_model(target, checkpoint, resolve_device(target.device))
-    tokenizer = load_tokenizer(target.model, target.revision, target.trust_remote_code)
-    template = read_chat_template(config.data.chat_template)
-    if template is not None:
-        tokenizer.chat_template = template
     generator = Generator(
         model,
         tokenizer,
@@ -58,6 +60,8 @@ def regenerate_data(
         "chat_template_args": config.data.chat_template_args,
         **settings.model_dump(include={"max_new_tokens", "temperature", "top_p", "seed"}),
     }
+    if config.data.tokenizer is not None:
+        made_with["tokenizer"] = tokenizer_fingerprint(tokenizer)
     chosen = Path(settings.output) if settings.output else RunDir(Path(config.run_dir)).regenerated
     return regenerate(
         read_conversations(source),
