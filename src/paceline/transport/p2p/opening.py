@@ -23,6 +23,12 @@ from paceline.transport.p2p.store import AskStore, SessionStore
 _MAX_TIMEOUT_S = 3600.0
 
 
+def p2p_kinds(device: torch.device) -> tuple[P2PName, ...]:
+    """The kinds of channel that a process whose rows are on `device` can have."""
+    kinds: tuple[P2PName, ...] = ("nccl", "gloo") if device.type == "cuda" else ("gloo",)
+    return tuple(kind for kind in kinds if _is_available(kind))
+
+
 def offer_p2p(
     kind: P2PName, client: HostFacts, server: HostFacts, server_name: str, stall_timeout_s: float
 ) -> dict[str, str]:
@@ -109,11 +115,14 @@ def open_p2p_receiver(
     return P2PReceiver(link, memory)
 
 
+def _is_available(kind: P2PName) -> bool:
+    if not distributed.is_available():
+        return False
+    return distributed.is_nccl_available() if kind == "nccl" else distributed.is_gloo_available()
+
+
 def _check_available(kind: P2PName) -> None:
-    available = distributed.is_available() and (
-        distributed.is_nccl_available() if kind == "nccl" else distributed.is_gloo_available()
-    )
-    if not available:
+    if not _is_available(kind):
         raise TransportRefused(f"torch was built without {kind}")
 
 
