@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 
+import numpy as np
 import torch
 
 from paceline.client.remote import RemoteConnection
@@ -19,6 +20,7 @@ from paceline.transport.buffers import HostBuffers
 from paceline.transport.file import FileSenders
 from paceline.transport.http import HttpSender
 from paceline.transport.negotiation import OpenedSender, OpenSender, host_facts
+from paceline.transport.p2p.opening import P2PSenders
 
 CPU = torch.device("cpu")
 
@@ -30,7 +32,7 @@ class SmallTable:
         self._weight = weight
         self.shape = tuple(weight.shape)
 
-    def read(self, rows: slice) -> torch.Tensor:
+    def read(self, rows: slice | np.ndarray) -> torch.Tensor:
         return self._weight[rows]
 
 
@@ -44,9 +46,13 @@ class SmallTables:
         return SmallTable(self.tensors[name]) if name in self.tensors else None
 
 
-def both_senders() -> dict[TransportName, OpenSender]:
+def all_senders() -> dict[TransportName, OpenSender]:
     buffers = HostBuffers(1 << 24)
-    return {"http": lambda request: OpenedSender(HttpSender(buffers), {}), "file": FileSenders(buffers)}
+    return {
+        "http": lambda request: OpenedSender(HttpSender(buffers), {}),
+        "file": FileSenders(buffers),
+        "gloo": P2PSenders("gloo", buffers),
+    }
 
 
 @contextmanager
@@ -65,7 +71,7 @@ def serve(
         weights=SmallTables(),
         tokenizer=tokenizer,
         host=host_facts(CPU),
-        senders=senders or both_senders(),
+        senders=senders or all_senders(),
     )
     server = TargetServer(target, ServerSettings(**settings))  # type: ignore[arg-type]
     try:

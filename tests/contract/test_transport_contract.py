@@ -20,6 +20,7 @@ from paceline.errors import PacelineError, ServerLostError, StoppedError, Transp
 from paceline.schema.features import Features, FeatureSpec
 from paceline.schema.rows import Row, RowRequest, request_features
 from paceline.target.admission import Admission
+from paceline.transport.base import Delivery
 from paceline.transport.buffers import HostBuffers
 from paceline.transport.feature_bytes import as_bytes
 from paceline.transport.local import LocalReceiver, LocalSender
@@ -27,7 +28,7 @@ from random_features import ALL_SPECS, random_features
 from small_engine import SmallEngine, small_info, small_row
 from small_server import CPU, connect, serve
 
-KINDS = ["local", "http", "file"]
+KINDS = ["local", "http", "file", "gloo"]
 REMOTE = [kind for kind in KINDS if kind != "local"]
 SPECS = {f"spec-{number}": spec for number, spec in enumerate(ALL_SPECS[:16])}
 ONE = {"training": FeatureSpec((0, 3), "supervised", greedy=True)}
@@ -87,7 +88,7 @@ def test_every_bit_of_every_dtype_and_spec_arrives(kind: str, dtype: str, tmp_pa
         unsupervised = small_row(1, num_tokens=9)
         unsupervised.spans.resize((0, 2), refcheck=False)
         rows = [small_row(0, num_tokens=3), small_row(1, num_tokens=300), unsupervised]
-        asked: list[tuple[Future, Row, FeatureSpec]] = []
+        asked: list[tuple[Future[Delivery], Row, FeatureSpec]] = []
         for position, row in enumerate(rows):
             for name, spec in SPECS.items():
                 request = request_features(row, name)

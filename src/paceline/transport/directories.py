@@ -98,10 +98,14 @@ class PrivateDirectory:
             for name in self.names():
                 if _FILE.fullmatch(name) or name in (OWNER, NONCE):
                     self.remove(name)
-            with contextlib.suppress(OSError):
+            try:
                 self.path.rmdir()
-                return
-        _logger.warning("%s could not be removed: %s is in it", self.path, ", ".join(sorted(self.names())[:8]) or "?")
+            except FileNotFoundError:
+                return  # the other side was first
+            except OSError:
+                continue
+            return
+        _logger.warning("%s could not be removed: %s is in it", self.path, ", ".join(sorted(self.names())[:8]))
 
     def remove_if_left(self) -> None:
         """Remove it if its owner has gone."""
