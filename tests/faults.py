@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import time
 from typing import Any
 
+from paceline.data.samples import SampleTokenizer
 from paceline.drafts.dflash.algorithm import DFlash
 from paceline.drafts.interface import LossTerms
 from paceline.schema.features import FeatureRow, FeatureSpec
@@ -54,6 +56,32 @@ def exhaust_memory() -> None:
 def fill_disk() -> None:
     """No file grows beyond 20 kB, as on a full disk; the kernel does it."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+
+def fill_disk_later() -> None:
+    """No file grows beyond 250 kB: enough for everything but features."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (250_000, 250_000))
+
+
+def record_slowly() -> None:
+    """Each row takes the engine long enough for a test to see what is on the disk meanwhile."""
+    compute = RowCapture.__call__
+
+    def capture(self: RowCapture, request: RowRequest, spec: FeatureSpec) -> Any:
+        time.sleep(0.05)
+        return compute(self, request, spec)
+
+    RowCapture.__call__ = capture  # type: ignore[method-assign]
+
+
+def hang_while_tokenizing() -> None:
+    """Whoever tokenizes, the command or a worker of it, says its process id and goes no further."""
+
+    def hang(*_: Any) -> None:
+        print(f"tokenizing in {os.getpid()}", flush=True)
+        time.sleep(600)
+
+    SampleTokenizer.__call__ = hang  # type: ignore[method-assign, assignment]
 
 
 def die_while_publishing() -> None:
