@@ -9,7 +9,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,17 @@ def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 20.0
     while not condition():
         assert time.monotonic() < deadline, what
         time.sleep(0.002)
+
+
+def park(server: TargetServer, engine: SmallEngine, session: SessionReply, rows: Sequence[RowRequest]) -> list[Talk]:
+    """Rows of which the engine holds the first and the others wait, in order."""
+    talks = []
+    for number, request in enumerate(rows):
+        talks.append(Talk(server.url))
+        talks[-1].send_row(session, request)
+        wait_until(lambda: len(engine.submitted) > 0, "the first row is not computed")
+        wait_until(lambda number=number: server.sessions.num_waiting() == number, "the row does not wait")
+    return talks
 
 
 def check_row(answer: Answer, request: RowRequest) -> None:
@@ -233,10 +244,7 @@ def test_a_full_queue_answers_busy_and_each_session_has_its_own(engine: SmallEng
     with serving(engine, max_queued_rows=2, max_unsent_rows=1) as server:
         talk = Talk(server.url)
         session, other = talk.session(), talk.session()
-        waiting = [Talk(server.url) for _ in range(3)]
-        for position, one in enumerate(waiting):
-            one.send_row(session, asked(position))
-            wait_until(lambda p=position: server.sessions.num_waiting() == p, "the row does not wait")
+        waiting = park(server, engine, session, [asked(position) for position in range(3)])
         busy = talk.row(session, asked(3))
         assert (busy.status, busy.error().error, busy.error().position) == (429, "busy", 3)
         assert int(busy.headers["retry-after"]) >= 1
@@ -262,11 +270,7 @@ def test_the_row_of_a_client_that_left_never_reaches_the_engine(engine: SmallEng
     engine.hold(0)
     with serving(engine, max_unsent_rows=1) as server:
         session = Talk(server.url).session()
-        first, second = Talk(server.url), Talk(server.url)
-        first.send_row(session, asked(0))
-        wait_until(lambda: len(engine.submitted) == 1, "the first row is not computed")
-        second.send_row(session, asked(1))
-        wait_until(lambda: server.sessions.num_waiting() == 1, "the second row does not wait")
+        first, second = park(server, engine, session, [asked(0), asked(1)])
         second.close()
         wait_until(lambda: server.sessions.num_waiting() == 0, "the row of the client that left still waits")
         first.close()
@@ -307,10 +311,7 @@ def test_rows_in_flight_are_bounded_in_bytes_too(engine: SmallEngine) -> None:
     one_row = 4 * 1000 * (8 * 2 + 1 + 8 + 1)
     with serving(engine, max_unsent_bytes=int(1.5 * one_row)) as server:
         session = Talk(server.url).session()
-        talks = [Talk(server.url) for _ in range(2)]
-        for position, talk in enumerate(talks):
-            talk.send_row(session, asked(position, num_tokens=1000))
-            wait_until(lambda p=position: server.sessions.num_waiting() == p, "the row does not wait")
+        talks = park(server, engine, session, [asked(position, num_tokens=1000) for position in range(2)])
         assert len(engine.submitted) == 1
         engine.let_go(0, 1)
         for position, talk in enumerate(talks):
@@ -409,10 +410,7 @@ def test_rows_that_wait_are_told_that_the_server_stops(engine: SmallEngine) -> N
     engine.hold(0)
     with serving(engine, max_unsent_rows=1) as server:
         session = Talk(server.url).session()
-        talks = [Talk(server.url) for _ in range(3)]
-        for position, talk in enumerate(talks):
-            talk.send_row(session, asked(position))
-            wait_until(lambda p=position: server.sessions.num_waiting() == p, "the row does not wait")
+        talks = park(server, engine, session, [asked(position) for position in range(3)])
         stopping = threading.Thread(target=server.stop)
         stopping.start()
         for talk in talks:
