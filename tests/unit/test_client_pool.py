@@ -68,6 +68,15 @@ def test_a_row_goes_to_the_server_with_the_least_work_outstanding() -> None:
     assert [len(engine.submitted) for engine in engines] == [1, 3]
 
 
+def test_servers_with_nothing_to_do_take_turns() -> None:
+    """Trainers that ask for one row at a time would all ask the first, each seeing its own rows alone."""
+    engines = [SmallEngine(), SmallEngine(), SmallEngine()]
+    with open_pool(engines) as pool:
+        for i in range(6):
+            take(pool.submit(request(i)))
+    assert [len(engine.submitted) for engine in engines] == [2, 2, 2]
+
+
 @pytest.mark.parametrize("fault", ["damaged", "unreachable"])
 def test_a_lost_row_is_asked_for_again_and_counted(fault: str) -> None:
     engine = SmallEngine()

@@ -33,6 +33,8 @@ class Link:
     """When a full queue is asked again, in seconds of `time.monotonic`."""
     num_refusals: int = 0
     """In a row, by a full queue."""
+    last_asked: float = 0.0
+    """When a row was asked for last, in seconds of `time.monotonic`."""
 
     @property
     def tokens_outstanding(self) -> int:
@@ -200,6 +202,7 @@ class Assignments:
 
     def _put_out(self, attempt: Attempt) -> Attempt:
         attempt.link.attempts.add(attempt)
+        attempt.link.last_asked = attempt.since
         attempt.order.attempts.add(attempt)
         return attempt
 
@@ -212,4 +215,5 @@ def _choose(links: list[Link], order: Order) -> Link | None:
 
 
 def _least_work(links: list[Link]) -> Link | None:
-    return min(links, key=lambda link: (link.tokens_outstanding, link.name), default=None)
+    """Of equals the one that has rested longest: several trainers with little to ask do not all ask the same one."""
+    return min(links, key=lambda link: (link.tokens_outstanding, link.last_asked, link.name), default=None)
