@@ -1,24 +1,29 @@
-"""A proxy process between clients and one server that does to row replies what networks do.
+"""A proxy process between clients and servers that does to row replies what networks do.
 
-    python fault_proxy.py HOST:PORT '[{"kind": "flip", "at_row": 3}, ...]'
+    python fault_proxy.py HOST:PORT[,HOST:PORT...] '[{"kind": "flip", "server": 0, "at_row": 3}, ...]' [SEED]
 
-Prints {"port": N} when it listens, then one line of JSON for every fault it has done. Faults are scheduled by the
-number of row requests that came through, from 0, never by time:
+Prints {"ports": [...]}, one for each server, when it listens, then one line of JSON for every fault it has done; these
+lines have "row" besides, the position that was asked for. Faults are scheduled by the number of row requests that came
+through, from 0, never by time; each strikes the first from then on that goes to `server` (to any if it is left out):
 
     drop        the connection is closed instead of the reply
     delay       the reply waits until `rows` more row replies have passed, or half a second went by without one
+    hold        the reply waits until another server has answered the same row, and then as in "delay" for one more
     duplicate   the reply is sent twice on its connection
     truncate    half of the reply, then the connection is closed
     flip        one bit of the reply's body is turned; `where` "head" takes it near the start
     flip_header one bit of the reply's HTTP header
     flip_request one bit of the request's body on its way to the server
+    flip_request_header one bit of the request's HTTP header, but for its Content-Length
     swap        the reply changes places with the next row's
     stall       half of the reply, then nothing more, the connection stays open
+    signal      processes `pids` get signal `signum`, before the request is passed on
 """
 
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import socket
@@ -31,6 +36,8 @@ from typing import Any
 Fault = dict[str, Any]
 _ROWS = re.compile(rb"^POST /v1/sessions/[0-9a-f]+/rows ")
 _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)\r\n", re.IGNORECASE)
+_POSITION = re.compile(rb'"position": ?"(\d+)"')
+_LONGEST_HOLD_S = 30.0
 
 
 @dataclass
@@ -45,21 +52,41 @@ class Faults:
     """The schedule, and what it counts."""
 
     def __init__(self, faults: list[Fault]) -> None:
-        self._by_row = {int(fault["at_row"]): fault for fault in faults}
+        self._faults = sorted(faults, key=lambda fault: int(fault["at_row"]))
         self._changed = threading.Condition()
         self._num_requests = 0
         self._num_replies = 0
         self._to_swap: list[tuple[Message, threading.Event, list[Message]]] = []
+        self._answered_by: dict[bytes, set[int]] = {}
 
-    def next(self) -> Fault | None:
+    def next(self, server: int) -> Fault | None:
         """What happens to the row request that has just come."""
         with self._changed:
             number = self._num_requests
             self._num_requests += 1
-            return self._by_row.pop(number, None)
+            for fault in self._faults:
+                if fault["at_row"] <= number and fault.get("server", server) == server:
+                    self._faults.remove(fault)
+                    return fault
+            return None
 
-    def told(self, fault: Fault) -> None:
-        print(json.dumps(fault), flush=True)
+    def told(self, fault: Fault, request: Message) -> None:
+        found = _POSITION.search(request.body)
+        with self._changed:  # one line after the other
+            print(json.dumps({**fault, "row": int(found[1]) if found else None}), flush=True)
+
+    def answered(self, server: int, request: bytes) -> None:
+        """`server` has answered this row, and the answer has left."""
+        with self._changed:
+            self._answered_by.setdefault(request, set()).add(server)
+            self._changed.notify_all()
+
+    def wait_for_another(self, server: int, request: bytes) -> bool:
+        """Whether another server has answered the same row."""
+        with self._changed:
+            return self._changed.wait_for(
+                lambda: bool(self._answered_by.get(request, set()) - {server}), _LONGEST_HOLD_S
+            )
 
     def reply_passed(self) -> None:
         with self._changed:
@@ -75,7 +102,8 @@ class Faults:
 
     def swap(self, reply: Message) -> Message:
         """This reply for the next one's; its own back if no other comes within a second."""
-        arrived, other = threading.Event(), []
+        arrived = threading.Event()
+        other: list[Message] = []
         entry = (reply, arrived, other)
         with self._changed:
             self._to_swap.append(entry)
@@ -123,58 +151,88 @@ def with_flipped_bit(data: bytes, place: int) -> bytes:
     return bytes(changed)
 
 
+def flip_request_header(head: bytes, chance: random.Random) -> bytes:
+    length = _LENGTH.search(head)
+    safe = range(length.start(), length.end()) if length else range(0)
+    return with_flipped_bit(head, chance.choice([bit for bit in range(8 * len(head) - 32) if bit // 8 not in safe]))
+
+
 class StopError(Exception):
     """The connection to the client ends here."""
 
 
+@dataclass
 class Link:
     """One client connection and its own connection to the server."""
 
-    def __init__(self, client: socket.socket, server: tuple[str, int], faults: Faults, chance: random.Random) -> None:
-        self.client, self.server, self.faults, self.chance = client, server, faults, chance
+    client: socket.socket
+    server: int
+    address: tuple[str, int]
+    faults: Faults
+    chance: random.Random
 
     def run(self) -> None:
         try:
-            with self.client, socket.create_connection(self.server) as upstream:
+            with self.client, socket.create_connection(self.address) as upstream:
                 from_client, from_server = bytearray(), bytearray()
                 while (request := read_message(self.client, from_client)) is not None:
                     is_row = _ROWS.match(request.head) is not None
-                    fault = self.faults.next() if is_row else None
-                    if fault and fault["kind"] == "flip_request":
-                        request.body = with_flipped_bit(request.body, self.chance.randrange(8 * len(request.body)))
-                        self.faults.told(fault)
-                        fault = None
-                    upstream.sendall(request.head + request.body)
+                    fault = self.faults.next(self.server) if is_row else None
+                    sent = self.change_request(request, fault)
+                    upstream.sendall(sent.head + sent.body)
                     reply = read_message(upstream, from_server)
                     if reply is None:
                         return
                     if is_row:
-                        self.pass_row_reply(reply, fault)
+                        self.pass_row_reply(request, reply, fault)
                         self.faults.reply_passed()
+                        self.faults.answered(self.server, request.body)
                     else:
                         self.client.sendall(reply.head + reply.body)
         except (OSError, StopError):
             return
 
-    def pass_row_reply(self, reply: Message, fault: Fault | None) -> None:
+    def change_request(self, request: Message, fault: Fault | None) -> Message:
+        """What goes to the server."""
+        kind = fault["kind"] if fault else ""
+        if kind == "flip_request":
+            return Message(request.head, with_flipped_bit(request.body, self.chance.randrange(8 * len(request.body))))
+        if kind == "flip_request_header":
+            return Message(flip_request_header(request.head, self.chance), request.body)
+        if kind == "signal":
+            assert fault is not None
+            for pid in fault["pids"]:
+                os.kill(pid, fault["signum"])
+        return request
+
+    def pass_row_reply(self, request: Message, reply: Message, fault: Fault | None) -> None:
         if fault is None:
             reply = self.faults.offer_for_swap(reply)
             self.client.sendall(reply.head + reply.body)
             return
-        self.faults.told(fault)
+        self.faults.told(fault, request)
+        if fault["kind"] == "delay":
+            self.faults.wait_for_replies(int(fault.get("rows", 2)))
+        elif fault["kind"] == "hold":
+            self.hold(request, fault)
+        elif fault["kind"] == "swap":
+            reply = self.faults.swap(reply)
+        self.send_changed(reply, fault)
+
+    def hold(self, request: Message, fault: Fault) -> None:
+        if not self.faults.wait_for_another(self.server, request.body):
+            self.faults.told({**fault, "kind": "nobody else was asked"}, request)
+        self.faults.wait_for_replies(1)  # the other answer has arrived by then
+
+    def send_changed(self, reply: Message, fault: Fault) -> None:
         kind, whole = fault["kind"], reply.head + reply.body
         if kind == "drop":
             raise StopError
-        if kind == "delay":
-            self.faults.wait_for_replies(int(fault.get("rows", 2)))
-        elif kind == "duplicate":
+        if kind == "duplicate":
             whole += whole
-        elif kind == "truncate":
+        elif kind in ("truncate", "stall"):
             self.client.sendall(whole[: len(reply.head) + len(reply.body) // 2])
-            raise StopError
-        elif kind == "stall":
-            self.client.sendall(whole[: len(reply.head) + len(reply.body) // 2])
-            while self.client.recv(1 << 16):  # until the client has had enough
+            while kind == "stall" and self.client.recv(1 << 16):  # until the client has had enough
                 time.sleep(0.01)
             raise StopError
         elif kind == "flip":
@@ -183,25 +241,27 @@ class Link:
             whole = reply.head + with_flipped_bit(reply.body, self.chance.randrange(limit))
         elif kind == "flip_header":
             whole = with_flipped_bit(reply.head, self.chance.randrange(8 * len(reply.head))) + reply.body
-        elif kind == "swap":
-            other = self.faults.swap(reply)
-            whole = other.head + other.body
-        else:
-            raise ValueError(f"unknown fault {kind!r}")
         self.client.sendall(whole)
 
 
-def main(server: str, faults: list[Fault], seed: int = 0) -> None:
-    host, _, port = server.partition(":")
-    schedule, chance = Faults(faults), random.Random(seed)
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        print(json.dumps({"port": listening.getsockname()[1]}), flush=True)
-        while True:
-            client, _ = listening.accept()
-            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            link = Link(client, (host, int(port)), schedule, random.Random(chance.random()))
-            threading.Thread(target=link.run, daemon=True).start()
+def accept(listening: socket.socket, server: int, address: str, faults: Faults, chance: random.Random) -> None:
+    host, _, port = address.partition(":")
+    while True:
+        client, _ = listening.accept()
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        link = Link(client, server, (host, int(port)), faults, random.Random(chance.random()))
+        threading.Thread(target=link.run, daemon=True).start()
+
+
+def main(servers: list[str], faults: list[Fault], seed: int = 0) -> None:
+    schedule = Faults(faults)
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in servers]
+    print(json.dumps({"ports": [listening.getsockname()[1] for listening in sockets]}), flush=True)
+    for number, (listening, address) in enumerate(zip(sockets, servers, strict=True)):
+        arguments = (listening, number, address, schedule, random.Random(seed + number))
+        threading.Thread(target=accept, args=arguments, daemon=True).start()
+    sys.stdin.read()  # ends with whoever started it
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else 0)
+    main(sys.argv[1].split(","), json.loads(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else 0)
