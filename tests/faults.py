@@ -77,7 +77,7 @@ def record_slowly() -> None:
 def hang_while_tokenizing() -> None:
     """Whoever tokenizes, the command or a worker of it, says its process id and goes no further."""
 
-    def hang(*_: Any) -> None:
+    def hang(*_: Any, **__: Any) -> None:
         print(f"tokenizing in {os.getpid()}", flush=True)
         time.sleep(600)
 

@@ -7,13 +7,9 @@ Two directories, each published whole by one rename:
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import shutil
-import tempfile
-from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from paceline.config.data import DataConfig
 from paceline.data.packing import RowPlan
+from paceline.data.publishing import publish_directory
 from paceline.data.samples import SAMPLE_FEATURES, SampleTokenizer
 from paceline.data.sources import Source
 from paceline.data.split import PreparedSample, PreparedSplit, write_split
@@ -115,13 +112,13 @@ def prepare(
         }
     )
     samples = cache_root / f"samples-{samples_key}"
-    _publish(samples, lambda work: _write_samples(work, config, tokenize, train, held_out, target_vocab_size))
+    publish_directory(samples, lambda work: _write_samples(work, config, tokenize, train, held_out, target_vocab_size))
     summary = _read_summary(samples)
     check_summary(summary, config.max_skipped_fraction, target_vocab_size)
     packing = {"row_tokens": config.row_tokens, "window": config.packing_window, "seed": seed}
     fingerprint = _hash({"samples": samples_key, "packing": packing})
     rows = cache_root / f"rows-{fingerprint}"
-    _publish(rows, lambda work: _write_rows(work, samples, fingerprint, packing))
+    publish_directory(rows, lambda work: _write_rows(work, samples, fingerprint, packing))
     return load_prepared(rows)
 
 
@@ -306,37 +303,6 @@ def _write_rows(work: Path, samples: Path, fingerprint: str, packing: dict[str, 
 
 def _read_summary(samples: Path) -> PrepareSummary:
     return PrepareSummary.from_dict(json.loads((samples / "summary.json").read_text()))
-
-
-def _publish(directory: Path, write: Callable[[Path], None]) -> None:
-    """Make `directory` whole or not at all: written under another name, then renamed. Nothing if it exists."""
-    if directory.exists():
-        _log.info("reusing %s", directory)
-        return
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
-    try:
-        with _full_disk_named(directory.parent):
-            write(work)
-        work.chmod(0o755)  # mkdtemp's 0700 would hide it from others who share the cache
-        try:
-            work.rename(directory)
-        except OSError:
-            if not directory.exists():
-                raise
-            _log.info("%s was published by another process meanwhile", directory)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-@contextmanager
-def _full_disk_named(directory: Path) -> Any:
-    try:
-        yield
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise DataError(f"no space left in {directory}: free some, or set data.cache_dir to another disk") from error
 
 
 def _hash(facts: Any) -> str:
