@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from datetime import timedelta
 
 import pytest
@@ -125,7 +126,7 @@ def test_a_server_refuses_an_offer_that_cannot_work_and_says_why(kind, client, p
 
 def test_the_process_has_its_variables_back_while_gloo_still_waits_for_its_peer():
     """Or a group that the trainer makes meanwhile would listen on the wrong interface."""
-    before = os.environ.get("GLOO_SOCKET_IFNAME")
+    before = os.environ.get("GLOO_SOCKET_IFNAME") or None
     store, _ = make_store()
     ends: dict[int, object] = {}
 
@@ -136,7 +137,7 @@ def test_the_process_has_its_variables_back_while_gloo_still_waits_for_its_peer(
     first = threading.Thread(target=connect, args=(CLIENT,))
     first.start()
     while not view(store).check(["0/1"]):  # its address is known, and it waits
-        pass
+        time.sleep(0.001)
     assert (os.environ.get("GLOO_SOCKET_IFNAME") or None) == before
     connect(SERVER)
     first.join()
