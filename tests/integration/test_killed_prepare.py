@@ -24,6 +24,15 @@ def hidden(cache: Path) -> set[str]:
     return {path.name for path in cache.iterdir() if path.name.startswith(".")}
 
 
+def children(parent: int) -> set[int]:
+    found = set()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # ended meanwhile
+            if int(stat.read_text().rpartition(")")[2].split()[1]) == parent:
+                found.add(int(stat.parent.name))
+    return found
+
+
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_the_next_prepare_removes_what_a_killed_one_left(
     commands: Commands, tiny_target: Path, tmp_path: Path, num_workers: int
@@ -37,6 +46,8 @@ def test_the_next_prepare_removes_what_a_killed_one_left(
     assert killed.wait_until(lambda: killed.output.count("tokenizing in") == num_workers), killed.output
     workers = {int(pid) for pid in re.findall(r"tokenizing in (\d+)", killed.output)} - {killed.pid}
     assert len(workers) == (num_workers if num_workers > 1 else 0)
+    left_alone = children(killed.pid)  # the workers, and the process they talk through
+    assert workers <= left_alone
     (unfinished,) = (name for name in hidden(cache) if not name.endswith(".owner"))
 
     config = run_config(tmp_path / "run", tiny_target, data)
@@ -51,11 +62,11 @@ def test_the_next_prepare_removes_what_a_killed_one_left(
         assert killed.wait() == -signal.SIGKILL
         assert hidden(cache) == {unfinished, f"{unfinished}.owner"}, "the premise: it could not clean up"
         # Its workers, if it had any, live on and hold nothing.
-        assert all(Path(f"/proc/{pid}").exists() for pid in workers)
+        assert all(Path(f"/proc/{pid}").exists() for pid in left_alone)
         assert prepare_data(config, run, facts).directory == prepared.directory
         assert hidden(cache) == set()
     finally:
-        for pid in workers:
+        for pid in left_alone:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
