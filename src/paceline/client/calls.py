@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import quote
 
-import safetensors.torch
 from pydantic import BaseModel, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load as tensors_of
 from torch import Tensor
 
 from paceline.client.http_connections import HttpReply, HttpServer
@@ -210,8 +211,8 @@ class ServerCalls:
             method, f"/v1/weights/{quote(name)}", body, wait_s=self._row_timeout_s, max_bytes=_MAX_WEIGHTS_BYTES
         )
         try:
-            tensors = safetensors.torch.load(content)
-        except (safetensors.SafetensorError, KeyError, ValueError) as error:
+            tensors = tensors_of(content)
+        except (SafetensorError, KeyError, ValueError) as error:
             raise WireError(f"{self.url} answered the weight {name!r} with no safetensors file: {error}") from error
         if len(tensors) != 1:
             raise WireError(f"{self.url} answered the weight {name!r} with tensors {sorted(tensors)[:8]}, not one")
