@@ -73,7 +73,7 @@ def spread(faults: tuple[Fault, ...], first: int = 3, every: int = 7) -> list[Fa
     return [{**fault, "at_row": first + every * i} for i, fault in enumerate(faults)]
 
 
-@pytest.mark.parametrize("transport", ["http", "file"])
+@pytest.mark.parametrize("transport", ["http", "file", "gloo"])
 def test_no_fault_of_a_reply_changes_a_bit(
     inline: RunConfig, target_servers: list[Served], tmp_path: Path, transport: str
 ) -> None:
