@@ -21,10 +21,10 @@ class TargetConfig(Config):
     device: str = "auto"
     """"cpu", "cuda", "cuda:1"; "auto" is cuda where there is one."""
     device_map: Literal["auto", "balanced", "sequential"] | None = None
-    """Spreads one model over several devices (needs accelerate); None puts it on `device`."""
+    """Spreads one model over several devices (extra `accelerate`); None puts it on `device`."""
     tensor_parallel: int = Field(1, ge=1)
-    """Processes that compute each row together, by transformers' tensor-parallel plan: one GPU each, from `device` on.
-    A failed row ends all of them."""
+    """Processes that compute each row together, by transformers' tensor-parallel plan (extra `accelerate`): one GPU
+    each, from `device` on. A failed row ends all of them."""
     num_threads: int | None = Field(None, ge=1)
     """CPU threads of torch in each process of a target server; None leaves torch's default. Another number changes
     the last bits of features."""

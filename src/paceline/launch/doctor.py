@@ -81,7 +81,7 @@ def examine_extras() -> Iterator[Finding]:
     for name, use in (
         ("tensorboard", "tracking.tensorboard"),
         ("wandb", "tracking.wandb"),
-        ("accelerate", "target.device_map"),
+        ("accelerate", "target.device_map, target.tensor_parallel"),
     ):
         found = importlib.util.find_spec(name) is not None
         yield Finding(found, name, f"for {use}" if found else f'for {use}: pip install "paceline[{name}]"')
