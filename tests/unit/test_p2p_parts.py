@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 import time
@@ -9,7 +10,7 @@ from datetime import timedelta
 
 import pytest
 import torch
-from torch.distributed import DistStoreError
+from torch.distributed import DistStoreError, PrefixStore
 
 from paceline.errors import DamagedError, WireError
 from paceline.schema.protocol import HostFacts, StoreCall
@@ -49,6 +50,16 @@ def test_a_view_does_what_torch_asks_of_a_store():
     assert theirs.compare_set("once", b"first", b"third") == b"third"
     assert ours.multi_get(["key", "once"]) == [b"\x00\xff", b"third"]
     assert (ours.delete_key("key"), ours.delete_key("key")) == (True, False)
+
+
+def test_a_copy_that_torch_makes_of_a_store_lives_as_long_as_the_store():
+    """torch holds the C++ half of a Python store alone: calls on it fail once the other half is gone."""
+    store, _ = make_store()
+    ours = view(store)
+    copy = PrefixStore("a", ours).clone()
+    gc.collect()
+    copy.set("key", b"value")
+    assert copy.get("key") == b"value"
 
 
 def test_a_wait_ends_when_the_key_comes_or_time_is_up_or_it_is_over():

@@ -76,7 +76,7 @@ class Link:
             # before the kernels of a forward or backward that wait for a place on the GPU
             options = distributed.ProcessGroupNCCL.Options(is_high_priority_stream=True)
             group = distributed.ProcessGroupNCCL(store, self.rank, 2, options)
-        return NCCLCommunicator(cast("Group", group), 1 - self.rank, self.stream)
+        return NCCLCommunicator(cast("Group", group), store, 1 - self.rank, self.stream)
 
     def _greet(self, communicator: Communicator, nonce: str) -> None:
         device = None if self.stream is None else self.stream.device

@@ -13,6 +13,7 @@ from torch import Tensor, distributed
 
 from paceline.errors import TransportError
 from paceline.transport.p2p.communicator import Group, look_until, torch_errors
+from paceline.transport.p2p.store import StoreView
 
 logger = logging.getLogger(__name__)
 
@@ -22,9 +23,10 @@ _ABORT_S = 5.0
 class NCCLCommunicator:
     """Between the memories of two GPUs."""
 
-    def __init__(self, group: Group, peer: int, stream: torch.cuda.Stream) -> None:
-        """`group` connects by its first operation; all are ordered with the work on `stream`."""
+    def __init__(self, group: Group, store: StoreView, peer: int, stream: torch.cuda.Stream) -> None:
+        """`group` connects by its first operation, through `store`; all are ordered with the work on `stream`."""
         self._group = group
+        self._store = store  # a store written in Python is gone with its last reference on this side
         self._peer = peer
         self._stream = stream
         self._lock = threading.Lock()

@@ -121,6 +121,8 @@ class StoreView(Store):
         self._timeout = timedelta(seconds=timeout_s)
         self._is_over = is_over
         self._on_first_use: Callable[[], None] | None = on_first_use
+        # torch keeps the C++ half of a store alive, and not the half that is written here
+        self._clones: list[StoreView] = []
 
     def set(self, key: str, value: bytes | str) -> None:
         self._call("set", [key], [value])
@@ -155,7 +157,9 @@ class StoreView(Store):
         return False
 
     def clone(self) -> StoreView:
-        return StoreView(self._ask, self._prefix, self._timeout.total_seconds(), self._is_over, lambda: None)
+        clone = StoreView(self._ask, self._prefix, self._timeout.total_seconds(), self._is_over, lambda: None)
+        self._clones.append(clone)
+        return clone
 
     def _wait(self, keys: Sequence[str], timeout: timedelta) -> list[bytes]:
         deadline = time.monotonic() + timeout.total_seconds()
