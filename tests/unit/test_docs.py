@@ -157,8 +157,8 @@ def test_commands_are_found_and_wrong_ones_are_refused():
     ]
     check_command("paceline config show run.toml training.max_steps=3", complete=True)
     with pytest.raises(AssertionError, match="no such verb"):
-        check_command("paceline serve MODEL", complete=False)
-    for wrong in ("paceline train run.toml --fast", "paceline train"):
+        check_command("paceline launch MODEL", complete=False)
+    for wrong in ("paceline train run.toml --fast", "paceline train", "paceline serve MODEL --open"):
         with pytest.raises(USAGE_ERROR):
             check_command(wrong, complete=True)
     with pytest.raises(ValueError, match=r"training\.steps is not a setting"):
@@ -169,6 +169,19 @@ def test_commands_are_found_and_wrong_ones_are_refused():
 def test_every_setting_named_exists(page: Path):
     for name in named_settings(page.read_text(encoding="utf-8")):
         check_setting(name)
+
+
+def test_every_setting_and_option_of_the_remote_target_is_explained():
+    """With its reason, on the page about it; defaults are in the reference."""
+    text = (ROOT / "docs" / "disaggregated-training.md").read_text(encoding="utf-8")
+    settings = text.partition("\n## Settings\n")[2].partition("\n## ")[0]
+    explained = re.findall(r"^\| `([a-z]+\.[a-z_]+)` \| \S", settings, flags=re.MULTILINE)
+    sections = ("placement", "transport", "pool")
+    assert explained == [f"{section}.{field}" for section in sections for field in SECTIONS[section].model_fields]
+    serve = typer.main.get_command(app).commands["serve"]  # type: ignore[attr-defined]
+    options = {parameter.opts[0] for parameter in serve.params if not parameter.hidden and parameter.opts[0][0] == "-"}
+    rows = re.findall(r"^\| (`--.*?) \|", settings, flags=re.MULTILINE)
+    assert {option for row in rows for option in inline(row)} == options - {"--help"}
 
 
 def test_settings_are_found_and_wrong_ones_are_refused():
@@ -229,7 +242,7 @@ def test_every_json_line_shown_is_data_that_is_read():
 def test_every_message_explained_is_raised_somewhere():
     text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
     messages = re.findall(r"\*\*`([^`]+)`\*\*", text)
-    assert len(messages) > 40
+    assert len(messages) > 100
     assert {message: missing for message in messages if (missing := missing_pieces(message))} == {}
     assert missing_pieces("… is damaged: checksum …, … was written; call a doctor")
 
