@@ -18,10 +18,13 @@ from pydantic import BaseModel, ValidationError
 
 from forking import Commands
 from paceline.client.calls import ServerCalls
+from paceline.config.drafts import DFlashConfig, DraftConfig, Eagle3Config
 from paceline.config.placement import PoolConfig, TransportConfig
+from paceline.drafts.registry import load_algorithm
 from paceline.errors import AuthorizationError
 from paceline.launch.tokens import take_token
-from paceline.schema.features import FeatureSpec
+from paceline.schema.features import FeatureSpec, merge_specs
+from paceline.schema.layout import reply_bytes
 from paceline.schema.protocol import (
     PROTOCOL_VERSION,
     ErrorKind,
@@ -39,6 +42,7 @@ from paceline.schema.rows import RowRequest
 from paceline.schema.target_info import TargetInfo
 from paceline.target.server.answers import refusal_of
 from served import Served, ready
+from small_engine import small_info
 from small_server import connect
 from talk import Talk
 
@@ -139,6 +143,33 @@ def test_every_figure_of_a_step_is_explained() -> None:
     written = {ast.literal_eval(key) for key in table.keys if key is not None}
     rows = section(TRAINING, "Logs and metrics").partition("field of `stream`")[2].partition("\n\n")[0]
     assert written == {name for row in rows.splitlines() for name in re.findall(r"`(\w+)`", row.split("|")[1])}
+
+
+def test_the_bytes_that_travel_are_those_of_the_specs() -> None:
+    """36 layers, H = 4096, bfloat16; 8,192 supervised tokens in a row."""
+    info = TargetInfo.model_validate(
+        small_info().model_dump() | {"num_layers": 36, "hidden_size": 4096, "num_heads": 32, "head_dim": 128}
+        | {"dtype": "bfloat16", "mask_token_id": 0}
+    )  # fmt: skip
+    drafts: dict[str, DraftConfig] = {
+        "eagle3": Eagle3Config(algorithm="eagle3"),
+        "dflash": DFlashConfig(algorithm="dflash"),
+    }
+    specs = [load_algorithm(algorithm).feature_spec(draft, info) for algorithm, draft in drafts.items()]
+    positions = np.arange(8192, dtype=np.int32)
+    rows = {}
+    for name, spec in zip(("EAGLE-3", "DFlash", "both in one run"), [*specs, merge_specs(specs)], strict=True):
+        sizes = []
+        for end in (0, 8192):
+            spans = np.array([[0, end]] if end else [], np.int32).reshape(-1, 2)
+            request = RowRequest(0, "training", positions, np.array([0, 8192], np.int32), spans, positions[None])
+            sizes.append(reply_bytes(request, spec, info))
+        per_token = [f"{size // 8192:,}" for size in sizes]
+        shown = per_token[0] if sizes[0] == sizes[1] else ", supervised ".join(per_token)
+        rows[name] = (len(spec.layers), shown, f"{sizes[1] / 2**20:.1f} MiB")
+    for name, (num_layers, shown, size) in rows.items():
+        pattern = rf"^\| {name} \| {num_layers}\b[^|]* \| {shown} \| {size} \|$"
+        assert re.search(pattern, TRAINING, flags=re.MULTILINE), (name, num_layers, shown, size)
 
 
 def test_the_commands_for_two_machines_work_on_one(commands: Commands, tiny_target: Path, tmp_path: Path) -> None:
