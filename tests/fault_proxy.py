@@ -4,7 +4,8 @@
 
 Prints {"ports": [...]}, one for each server, when it listens, then one line of JSON for every fault it has done; these
 lines have "row" besides, the position that was asked for. Faults are scheduled by the number of row requests that came
-through, from 0, never by time; each strikes the first from then on that goes to `server` (to any if it is left out):
+through, from 0, never by time; each strikes the first from then on that goes to `server` and asks for `position`, where
+these are given:
 
     drop        the connection is closed instead of the reply
     delay       the reply waits until `rows` more row replies have passed, or half a second went by without one
@@ -48,6 +49,12 @@ class Message:
     body: bytes
 
 
+def position_of(request: Message) -> int | None:
+    """Of the row that a request asks for."""
+    found = _POSITION.search(request.body)
+    return int(found[1]) if found else None
+
+
 class Faults:
     """The schedule, and what it counts."""
 
@@ -59,21 +66,22 @@ class Faults:
         self._to_swap: list[tuple[Message, threading.Event, list[Message]]] = []
         self._answered_by: dict[bytes, set[int]] = {}
 
-    def next(self, server: int) -> Fault | None:
+    def next(self, server: int, request: Message) -> Fault | None:
         """What happens to the row request that has just come."""
+        row = position_of(request)
         with self._changed:
             number = self._num_requests
             self._num_requests += 1
             for fault in self._faults:
-                if fault["at_row"] <= number and fault.get("server", server) == server:
+                is_due = fault["at_row"] <= number and fault.get("position", row) == row
+                if is_due and fault.get("server", server) == server:
                     self._faults.remove(fault)
                     return fault
             return None
 
     def told(self, fault: Fault, request: Message) -> None:
-        found = _POSITION.search(request.body)
         with self._changed:  # one line after the other
-            print(json.dumps({**fault, "row": int(found[1]) if found else None}), flush=True)
+            print(json.dumps({**fault, "row": position_of(request)}), flush=True)
 
     def answered(self, server: int, request: bytes) -> None:
         """`server` has answered this row, and the answer has left."""
@@ -177,7 +185,7 @@ class Link:
                 from_client, from_server = bytearray(), bytearray()
                 while (request := read_message(self.client, from_client)) is not None:
                     is_row = _ROWS.match(request.head) is not None
-                    fault = self.faults.next(self.server) if is_row else None
+                    fault = self.faults.next(self.server, request) if is_row else None
                     sent = self.change_request(request, fault)
                     upstream.sendall(sent.head + sent.body)
                     reply = read_message(upstream, from_server)
@@ -203,10 +211,11 @@ class Link:
             assert fault is not None
             for pid in fault["pids"]:
                 os.kill(pid, fault["signum"])
+            self.faults.told(fault, request)
         return request
 
     def pass_row_reply(self, request: Message, reply: Message, fault: Fault | None) -> None:
-        if fault is None:
+        if fault is None or fault["kind"] == "signal":
             reply = self.faults.offer_for_swap(reply)
             self.client.sendall(reply.head + reply.body)
             return
