@@ -101,7 +101,7 @@ def feature_bytes_per_token(config: RunConfig) -> tuple[int, tuple[int, ...]]:
 
 def _text_config(config: RunConfig) -> PretrainedConfig:
     target = config.target
-    checkpoint = resolve_checkpoint(target.model, target.revision, target.trust_remote_code)
+    checkpoint = resolve_checkpoint(target.model, target.revision, target.trust_remote_code, weights=False)
     text: PretrainedConfig = load_config(checkpoint, target.trust_remote_code).get_text_config(decoder=True)
     return text
 

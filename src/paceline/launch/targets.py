@@ -72,8 +72,9 @@ class RemoteAccess:
         self._path = RunDir(Path(config.run_dir)).servers
 
     def servers(self, device: torch.device) -> ServersFile:
-        """What a pool is made of; its connections bring rows to `device`."""
-        return ServersFile(self._path, partial(self._connect, device))
+        """What a pool is made of; its connections bring rows to `device`, through host memory that they share."""
+        buffers = HostBuffers(self._config.transport.prefetch_bytes, pinned=device.type == "cuda")
+        return ServersFile(self._path, partial(self._connect, device, buffers))
 
     def calls(self) -> ServerCalls:
         """Control calls to a server that answers now; waits until there is one, with a log line every 30 s.
@@ -82,7 +83,7 @@ class RemoteAccess:
             ServerLostError: none did in time; names the last error of each.
             StoppedError: the run was asked to stop.
         """
-        listed = ServersFile(self._path, partial(self._connect, torch.device("cpu")))
+        listed = self.servers(torch.device("cpu"))
         config, begin = self._config, time.monotonic()
         starting = config.placement.target == "servers"
         limit_s = config.placement.start_timeout_s if starting else config.pool.all_down_timeout_s
@@ -128,7 +129,7 @@ class RemoteAccess:
         config = self._config
         return ServerCalls(url, config.transport, config.pool, token=self._token, tls_ca=config.placement.tls_ca)
 
-    def _connect(self, device: torch.device, url: str) -> RemoteConnection:
+    def _connect(self, device: torch.device, buffers: HostBuffers, url: str) -> RemoteConnection:
         config = self._config
         return RemoteConnection(
             url,
@@ -138,13 +139,14 @@ class RemoteAccess:
             token=self._token,
             tls_ca=config.placement.tls_ca,
             label=f"{Path(config.run_dir).name} trainer-0",
+            buffers=buffers,
         )
 
 
 def open_access(config: RunConfig, stop: threading.Event, token_file: Path | None = None) -> RemoteAccess | None:
     """Access to the run's servers, with the token of `token_file` or of the placement; None without servers.
 
-    For `urls` it also writes servers.json, the list that others may then replace.
+    For `urls` it also writes servers.json where there is none: the list that others may then replace.
 
     Raises:
         ConfigError: a token file that cannot be used.
@@ -152,9 +154,14 @@ def open_access(config: RunConfig, stop: threading.Event, token_file: Path | Non
     placement = config.placement
     if placement.target not in ("servers", "urls"):
         return None
-    if placement.target == "urls":
-        write_servers(RunDir(Path(config.run_dir)).servers, placement.urls)
+    if placement.target == "urls" and not RunDir(Path(config.run_dir)).servers.exists():
+        publish_urls(config)
     return RemoteAccess(config, take_token(token_file or placement.token_file), stop)
+
+
+def publish_urls(config: RunConfig) -> None:
+    """Write servers.json as the configuration has it: what a training begins with."""
+    write_servers(RunDir(Path(config.run_dir)).servers, config.placement.urls)
 
 
 def target_facts(config: RunConfig, access: RemoteAccess | None) -> TargetFacts:

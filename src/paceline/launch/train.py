@@ -19,7 +19,7 @@ from paceline.errors import RunDirectoryError
 from paceline.launch.assemble import TrainerParts, assemble_trainer
 from paceline.launch.prepare import prepare_data
 from paceline.launch.run import Run, lock_run, open_run
-from paceline.launch.targets import open_access, target_facts
+from paceline.launch.targets import open_access, publish_urls, target_facts
 from paceline.observe.logs import logging_for
 from paceline.observe.metrics import MetricsWriter, View
 from paceline.observe.progress import build_progress
@@ -61,6 +61,8 @@ def _train(config: RunConfig, signals: StopSignals, console: Console, token_file
     run = open_run(config)
     with logging_for("trainer", 0, paths.log("trainer", 0), console):
         set_numerics(config)
+        if config.placement.target == "urls":
+            publish_urls(config)
         access = open_access(config, signals.stop, token_file)
         prepared = prepare_data(config, paths, target_facts(config, access))
         with assemble_trainer(config, prepared, access) as parts:
@@ -137,4 +139,5 @@ def _stream_figures(parts: TrainerParts) -> dict[str, float]:
         "server_deaths": pool.server_deaths,
         "queued_s": pool.queued_s,
         "target_s": pool.computed_s,
+        "transfer_s": pool.transfer_s,
     }

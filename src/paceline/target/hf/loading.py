@@ -29,7 +29,8 @@ from paceline.target.hf.stored_tensors import read_tensor_table
 
 logger = logging.getLogger(__name__)
 
-_HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+_WEIGHTS = "*.safetensors"
+_HUB_PATTERNS = ["*.json", _WEIGHTS, "*.model", "*.txt", "*.jinja", "*.tiktoken"]
 _HUB_IGNORED = ["original/*", "consolidated*"]
 """Second copies of the same weights in other layouts."""
 _TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
@@ -86,8 +87,10 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def resolve_checkpoint(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Path:
-    """The directory of a checkpoint: `model` itself, or a download of that hub id.
+def resolve_checkpoint(
+    model: str, revision: str | None = None, trust_remote_code: bool = False, weights: bool = True
+) -> Path:
+    """The directory of a checkpoint: `model` itself, or a download of that hub id, without `weights` of the rest.
 
     Raises:
         TargetError: no such directory, or a hub id that cannot be fetched.
@@ -100,6 +103,8 @@ def resolve_checkpoint(model: str, revision: str | None = None, trust_remote_cod
     if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
         raise TargetError(f"target.model = {model!r}: no such directory")
     patterns = [*_HUB_PATTERNS, "*.py"] if trust_remote_code else _HUB_PATTERNS
+    if not weights:
+        patterns = [pattern for pattern in patterns if pattern != _WEIGHTS]
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=_HUB_IGNORED))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
@@ -130,7 +135,7 @@ def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bo
     Raises:
         TargetError: there is none, or it cannot be read.
     """
-    directory = resolve_checkpoint(path, revision, trust_remote_code)
+    directory = resolve_checkpoint(path, revision, trust_remote_code, weights=False)
     # Without files transformers makes up an empty tokenizer of the model's class.
     if not trust_remote_code and not any(any(directory.glob(pattern)) for pattern in _TOKENIZER_FILES):
         raise TargetError(f"{directory} has no tokenizer files: save the model's own tokenizer there")
