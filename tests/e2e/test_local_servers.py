@@ -111,7 +111,8 @@ def test_a_server_killed_again_and_again_is_started_anew_and_nothing_is_lost(
     assert "is started anew (1 of 5)" in command.output
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
 def test_whatever_ends_the_command_ends_its_processes(
     commands: Commands, tiny_target: Path, data: Path, tmp_path: Path, signum: signal.Signals
 ) -> None:
