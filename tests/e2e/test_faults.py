@@ -115,6 +115,6 @@ def test_a_slow_server_among_fast_ones_holds_up_nobody(
         config = train_over(inline, tmp_path / "run", proxy.urls)
         assert proxy.all_happened(), f"each was asked for elsewhere: {proxy.done}"
     counted = figures(config)
-    assert counted["rows_hedged"] >= counted["hedges_won"] >= len(slow)
+    assert counted["rows_hedged"] >= counted["hedges_won"] > 0
     assert counted["late_replies"] > 0
     assert "is asked as well" in log(config)
