@@ -89,7 +89,7 @@ def serve_target(
         signals.grace_s = _GRACE_S
         admission = Admission(_merging(engine, options), settings.max_unsent_rows, settings.max_sessions)
         stack.callback(admission.close)
-        server = TargetServer(_served(config, options, settings.advertise, engine, admission), settings)
+        server = TargetServer(_served(config, options, settings, engine, admission), settings)
         stack.callback(server.stop)
         engine.on_lost(server.health.engine_died)
         announce(f"{config.model} is served at {server.url}")
@@ -105,7 +105,7 @@ def _merging(engine: HFEngine, options: ServeOptions) -> Engine:
 
 
 def _served(
-    config: TargetConfig, options: ServeOptions, advertise: str | None, engine: HFEngine, admission: Admission
+    config: TargetConfig, options: ServeOptions, settings: ServerSettings, engine: HFEngine, admission: Admission
 ) -> ServedTarget:
     device = resolve_device(config.device)
     # read in slices, whatever device and dtype the engine computes in
@@ -116,12 +116,12 @@ def _served(
         weights=CheckpointTables(weights),
         tokenizer=TokenizerFiles(engine.tokenizer),
         host=host_facts(device),
-        senders=_senders(device, advertise),
+        senders=_senders(device, settings),
         lossy=options.rows_per_forward > 1,
     )
 
 
-def _senders(device: torch.device, advertise: str | None) -> Mapping[TransportName, OpenSender]:
+def _senders(device: torch.device, settings: ServerSettings) -> Mapping[TransportName, OpenSender]:
     """The transports of this server; those that listen or write do so only once a session asks for them."""
     buffers = HostBuffers(_KEPT_BYTES, pinned=device.type == "cuda")
 
@@ -131,7 +131,7 @@ def _senders(device: torch.device, advertise: str | None) -> Mapping[TransportNa
 
     senders: dict[TransportName, OpenSender] = {"http": open_http, "file": FileSenders(buffers)}
     for kind in p2p_kinds(device):
-        senders[kind] = P2PSenders(kind, buffers, advertise)
+        senders[kind] = P2PSenders(kind, buffers, settings.advertise, max_unsent_bytes=settings.max_unsent_bytes)
     return senders
 
 

@@ -28,7 +28,7 @@ class ServerSettings:
     """Rows of one session in the engine or on their way out. Two are in the engine and one is being sent, so that the
     engine works while a row travels; a client that stops reading holds no more features than these."""
     max_unsent_bytes: int = 8 << 30
-    """The same in bytes of features; a larger row is computed alone."""
+    """The same in bytes of features; a larger row is computed alone. A p2p channel has room for as much again."""
     max_lease_s: float = 600.0
     """Longer leases are cut to this: a client that died holds a session for so long."""
     body_timeout_s: float = 60.0

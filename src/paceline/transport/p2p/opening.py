@@ -58,6 +58,8 @@ class P2PSenders:
     """gloo: the address whose interface is listened on; None takes the one that the client names."""
     max_unsent_rows: int = 4
     """Per session: rows packed, whose tensors the client has not taken."""
+    max_unsent_bytes: int = 8 << 30
+    """Of these; a larger row is alone."""
 
     def __call__(self, request: SenderRequest) -> OpenedSender:
         """Raises TransportRefused where the two processes cannot be connected."""
@@ -77,7 +79,7 @@ class P2PSenders:
 
         store = SessionStore(key_was_set)
         link = Link(self.kind, SERVER, store.answer, timeout_s, interface, memory.stream)
-        senders.append(P2PSender(link, store, memory, self.max_unsent_rows))
+        senders.append(P2PSender(link, store, memory, self.max_unsent_rows, self.max_unsent_bytes))
         return OpenedSender(senders[0], {}, store)
 
     def _interface(self, request: SenderRequest) -> str | None:

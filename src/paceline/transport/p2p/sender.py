@@ -41,17 +41,21 @@ class P2PSender:
     waits for: the client's receives, on a thread of its own      unblocked by: stall_timeout_s, close()
     """
 
-    def __init__(self, link: Link, store: SessionStore, memory: RowMemory, max_unsent_rows: int) -> None:
+    def __init__(
+        self, link: Link, store: SessionStore, memory: RowMemory, max_unsent_rows: int, max_unsent_bytes: int
+    ) -> None:
         """The client has opened no epoch yet; rows are taken all the same.
 
         Args:
             store: the session's; `proposals_changed` must be told of every key that is set in it.
             max_unsent_rows: rows in memory; `send` waits for the client to take one.
+            max_unsent_bytes: of these rows; a larger one is alone.
         """
         self._link = link
         self._store = store
         self._memory = memory
         self._max_unsent_rows = max_unsent_rows
+        self._max_unsent_bytes = max_unsent_bytes
         self._changed = threading.Condition()
         self._epoch = 1
         """Rows are numbered in it, whether it has begun or not."""
@@ -69,7 +73,7 @@ class P2PSender:
 
     def send(self, position: int, features: Features) -> Reply:
         header, layout = describe(position, features)
-        self._wait_for_room()
+        self._wait_for_room(header.num_bytes)
         try:
             buffer = self._memory.pack(features, layout)
         except OutOfMemoryError as error:
@@ -96,16 +100,20 @@ class P2PSender:
             if thread is not None and thread is not threading.current_thread():
                 thread.join(_JOIN_S)
 
-    def _wait_for_room(self) -> None:
+    def _wait_for_room(self, num_bytes: int) -> None:
         with self._changed:
             timeout_s = self._link.timeout_s
-            has_room = self._changed.wait_for(
-                lambda: self._is_closed or len(self._unsent) < self._max_unsent_rows, timeout_s
-            )
+            has_room = self._changed.wait_for(lambda: self._is_closed or self._has_room(num_bytes), timeout_s)
             if self._is_closed:
                 raise TransportError("the channel is closed")
             if not has_room:
                 self._give_up(f"the client took none of {len(self._unsent)} rows in {timeout_s:g} s")
+
+    def _has_room(self, num_bytes: int) -> bool:
+        if not self._unsent:
+            return True
+        total = num_bytes + sum(row.num_bytes for row in self._unsent)
+        return len(self._unsent) < self._max_unsent_rows and total <= self._max_unsent_bytes
 
     def _header_left(self, row: _Row, left: bool) -> None:
         """`Reply.sent`; never waits."""
