@@ -53,7 +53,6 @@ _MAX_WEIGHTS_BYTES = 64 << 30
 _LONGEST_GOODBYE_S = 5.0
 _OK = 200
 _UNAUTHORIZED = (401, 403)
-_NO_SUCH_CALL = (404, 405)
 _ERRORS: dict[ErrorKind, type[PacelineError]] = {
     "busy": ServerBusyError,
     "damaged": DamagedError,
@@ -194,7 +193,7 @@ class ServerCalls:
             wait_s=self._row_timeout_s,
         ) as reply:
             if reply.status != _OK:
-                raise self._row_error(reply)
+                raise self._error(reply)
             if _content_type(reply) == JSON:
                 text = reply.read(MAX_HEADER_BYTES)
                 reply.verify()
@@ -274,13 +273,6 @@ class ServerCalls:
         if told.error == "unauthorized":
             message += f"; {_REMEDY}"
         return _ERRORS[told.error](message)
-
-    def _row_error(self, reply: HttpReply) -> PacelineError:
-        """The same for a row: the head of a request has no checksum, and its path was right when it was sent."""
-        error = self._error(reply)
-        if isinstance(error, WireError) and reply.status in _NO_SUCH_CALL:
-            return DamagedError(f"{error}: the request was damaged on its way")
-        return error
 
     def _parse(self, kind: type[MessageT], body: bytes) -> MessageT:
         try:

@@ -27,6 +27,7 @@ from paceline.errors import (
     SessionLostError,
     StoppedError,
     TransportError,
+    WireError,
 )
 from paceline.schema.features import FeatureSpec
 from paceline.schema.layout import layout_bytes, reply_layout
@@ -240,6 +241,10 @@ class RemoteConnection:
         except SessionLostError as error:
             _logger.warning("%s; another is opened", error)
             return self._ask_in(self._open(session), request)
+        except WireError as error:
+            # the head of a request has no checksum: only what is refused twice was not damaged on its way
+            _logger.warning("row %d is asked for once more: %s", request.position, error)
+            return self._ask_in(session, request)
         except ConnectionBrokenError as error:
             self._check_alive(error)
             raise TransportError(f"{error}; the server lives") from error
