@@ -15,7 +15,7 @@ these are given:
     flip        one bit of the reply's body is turned; `where` "head" takes it near the start
     flip_header one bit of the reply's HTTP header
     flip_request one bit of the request's body on its way to the server
-    flip_request_header one bit of the request's HTTP header, but for its Content-Length
+    flip_request_header one bit of the request's HTTP header, but for its Content-Length; `bit` says which
     swap        the reply changes places with the next row's
     stall       half of the reply, then nothing more, the connection stays open
     signal      processes `pids` get signal `signum`, before the request is passed on
@@ -206,6 +206,9 @@ class Link:
         if kind == "flip_request":
             return Message(request.head, with_flipped_bit(request.body, self.chance.randrange(8 * len(request.body))))
         if kind == "flip_request_header":
+            assert fault is not None
+            if "bit" in fault:
+                return Message(with_flipped_bit(request.head, fault["bit"]), request.body)
             return Message(flip_request_header(request.head, self.chance), request.body)
         if kind == "signal":
             assert fault is not None

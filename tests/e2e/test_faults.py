@@ -95,12 +95,22 @@ def test_no_fault_of_a_reply_changes_a_bit(
     assert counted["server_deaths"] == 0, "a connection that breaks is no server that dies"
 
 
+@pytest.mark.parametrize(
+    ("transport", "seed"),
+    [
+        ("http", 0),
+        *(pytest.param(kind, seed, marks=pytest.mark.long) for kind in ("http", "file", "gloo") for seed in (1, 2, 3)),
+    ],
+)
 def test_a_bit_of_an_http_header_may_turn_anywhere(
-    inline: RunConfig, target_servers: list[Served], tmp_path: Path
+    inline: RunConfig, target_servers: list[Served], tmp_path: Path, transport: str, seed: int
 ) -> None:
+    bit = 8 * len("POST /v1/sessions") + 4
+    to_another_call = {"kind": "flip_request_header", "bit": bit}  # the slash becomes a question mark
     kinds = ({"kind": "flip_header"}, {"kind": "flip_request_header"})
-    with fault_proxy([target_servers[0].url], spread(kinds * 12, every=3)) as proxy:
-        config = train_over(inline, tmp_path / "run", proxy.urls, transport__stall_timeout_s=0.5)
+    changes = {"transport__kind": transport, "transport__stall_timeout_s": 0.5}
+    with fault_proxy([target_servers[0].url], spread((to_another_call, *kinds * 18), every=2), seed) as proxy:
+        config = train_over(inline, tmp_path / "run", proxy.urls, **changes)
         assert proxy.all_happened(), proxy.done
     assert figures(config)["rows_retried"] > 0
     assert figures(config)["damaged_replies"] > 0
@@ -115,6 +125,7 @@ def test_a_slow_server_among_fast_ones_holds_up_nobody(
         config = train_over(inline, tmp_path / "run", proxy.urls)
         assert proxy.all_happened(), f"each was asked for elsewhere: {proxy.done}"
     counted = figures(config)
-    assert counted["rows_hedged"] >= counted["hedges_won"] > 0
+    assert counted["rows_hedged"] > 0  # the last of them may have been asked for elsewhere for another reason
+    assert counted["hedges_won"] > 0
     assert counted["late_replies"] > 0
     assert "is asked as well" in log(config)
