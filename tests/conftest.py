@@ -32,6 +32,14 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Commands"]:
 
 
 @pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """96 short conversations to train on and 4 held out; a module may have its own."""
+    from whole_run import write_data
+
+    return write_data(tmp_path_factory.mktemp("data"), num_train=96)
+
+
+@pytest.fixture(scope="session")
 def target_servers(commands: "Commands", tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> list["Served"]:
     """Three servers of `tiny_target` for the whole session; tests that kill servers start their own."""
     from served import start_servers

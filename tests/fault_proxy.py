@@ -3,9 +3,9 @@
     python fault_proxy.py HOST:PORT[,HOST:PORT...] '[{"kind": "flip", "server": 0, "at_row": 3}, ...]' [SEED]
 
 Prints {"ports": [...]}, one for each server, when it listens, then one line of JSON for every fault it has done; these
-lines have "row" besides, the position that was asked for. Faults are scheduled by the number of row requests that came
-through, from 0, never by time; each strikes the first from then on that goes to `server` and asks for `position`, where
-these are given:
+lines have "row" besides, the position that was asked for, and "first": nobody had been asked for it before. Faults are
+scheduled by the number of row requests that came through, from 0, never by time; each strikes the first from then on
+that goes to `server` and asks for `position`, where these are given:
 
     drop        the connection is closed instead of the reply
     delay       the reply waits until `rows` more row replies have passed, or half a second went by without one
@@ -65,6 +65,7 @@ class Faults:
         self._num_replies = 0
         self._to_swap: list[tuple[Message, threading.Event, list[Message]]] = []
         self._answered_by: dict[bytes, set[int]] = {}
+        self._asked: set[bytes] = set()
 
     def next(self, server: int, request: Message) -> Fault | None:
         """What happens to the row request that has just come."""
@@ -72,11 +73,13 @@ class Faults:
         with self._changed:
             number = self._num_requests
             self._num_requests += 1
+            is_first = request.body not in self._asked
+            self._asked.add(request.body)
             for fault in self._faults:
                 is_due = fault["at_row"] <= number and fault.get("position", row) == row
                 if is_due and fault.get("server", server) == server:
                     self._faults.remove(fault)
-                    return fault
+                    return {**fault, "first": is_first}
             return None
 
     def told(self, fault: Fault, request: Message) -> None:

@@ -21,7 +21,8 @@ class FaultProxy:
         """In front of `servers` (URLs)."""
         self.faults = list(faults)
         self.done: list[Fault] = []
-        """Faults that have happened, in their order; "row" is the position that was asked for."""
+        """Faults that have happened, in their order; "row" is the position that was asked for, "first" says whether
+        nobody had been asked for that row before."""
         addresses = ",".join(url.removeprefix("http://") for url in servers)
         program = Path(__file__).with_name("fault_proxy.py")
         self._process = subprocess.Popen(
@@ -40,8 +41,8 @@ class FaultProxy:
     def all_happened(self) -> bool:
         """Whether every fault of the schedule has happened, and nothing else; ends the proxy."""
         self.end()
-        without_row = [{name: value for name, value in fault.items() if name != "row"} for fault in self.done]
-        return sorted(map(json.dumps, without_row)) == sorted(map(json.dumps, self.faults))
+        told = [{name: fault[name] for name in fault if name not in ("row", "first")} for fault in self.done]
+        return sorted(map(json.dumps, told)) == sorted(map(json.dumps, self.faults))
 
     def end(self) -> None:
         assert self._process.stdin is not None

@@ -19,17 +19,12 @@ from paceline.config.run import RunConfig
 from paceline.config.run_dir import RunDir
 from proxied import fault_proxy
 from served import Served, ready, start_server, start_servers
-from whole_run import lines, losses, run, run_config, same_weights, write_data
+from whole_run import lines, losses, run, run_config, same_weights
 
 pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.long]
 SETTINGS = {"training__num_epochs": 10, "training__rows_per_step": 2, "training__eval_every": 40}
 QUICK = {"pool__health_every_s": 0.5, "pool__health_timeout_s": 2.0, "transport__kind": "http"}
 ENDS_WITHIN_S = 10.0
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data(tmp_path_factory.mktemp("data"), num_train=96)
 
 
 @pytest.fixture(scope="module")

@@ -16,18 +16,13 @@ from forking import Commands
 from paceline.config.run import RunConfig
 from paceline.launch.record import RecordOptions, record
 from served import Served, start_servers
-from whole_run import QuietSignals, StopsAfter, lines, losses, run, run_config, same_weights, write_data
+from whole_run import QuietSignals, StopsAfter, lines, losses, run, run_config, same_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 EPOCHS = {"training__num_epochs": 2, "training__eval_every": 4, "training__rows_per_step": 2}
 IN_CI = [("http", 1, 1), ("http", 4, 3), ("file", 4, 3), ("gloo", 4, 3)]
 EVERY_ONE = list(itertools.product(["http", "file", "gloo"], [1, 4], [1, 3]))
 """Transport, rows asked for ahead, servers."""
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data(tmp_path_factory.mktemp("data"), num_train=96)
 
 
 @pytest.fixture(scope="module")

@@ -11,15 +11,10 @@ import tomli_w
 
 from forking import Command, Commands
 from paceline.config.run import RunConfig
-from whole_run import losses, run, run_config, run_table, same_weights, write_data
+from whole_run import losses, run, run_config, run_table, same_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 SETTINGS = {"training__num_epochs": 3, "training__eval_every": 7}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data(tmp_path_factory.mktemp("data"), num_train=96)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from forking import Commands
 from paceline.config.run import RunConfig
 from served import Served, ready
 from tiny import save_tiny_target
-from whole_run import losses, run, run_config, same_weights, write_data
+from whole_run import losses, run, run_config, same_weights
 
 pytestmark = [pytest.mark.gpu2, pytest.mark.filterwarnings("ignore::UserWarning")]
 SETTINGS = {
@@ -27,11 +27,6 @@ SETTINGS = {
 def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert torch.cuda.device_count() >= 2, "these tests need 2 CUDA devices: run them with make gpu-test-2 there"
     return save_tiny_target(tmp_path_factory.mktemp("target") / "qwen3", head_dim=64, hidden_size=256)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data(tmp_path_factory.mktemp("data"), num_train=96)
 
 
 @pytest.fixture(scope="module")

@@ -68,24 +68,10 @@ class PoolTotals:
     """Time from the heads of replies to their delivery."""
 
 
-@dataclass(frozen=True, slots=True)
-class PoolStats:
-    """Totals since the pool was opened, and how it is now."""
+@dataclass(slots=True)
+class PoolStats(PoolTotals):
+    """Totals since the pool was opened, and how it is now: a copy that changes no more."""
 
-    rows_received: int = 0
-    bytes_received: int = 0
-    rows_retried: int = 0
-    rows_moved: int = 0
-    server_deaths: int = 0
-    rows_hedged: int = 0
-    hedges_won: int = 0
-    busy_replies: int = 0
-    late_replies: int = 0
-    damaged_replies: int = 0
-    queued_s: float = 0.0
-    computed_s: float = 0.0
-    transfer_s: float = 0.0
-    """These thirteen as in PoolTotals."""
     rows_waiting: int = 0
     """Rows that no server has been asked for yet, or again."""
     servers_up: int = 0

@@ -9,6 +9,8 @@ that no memory is used again too early. No device is synchronized.
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,9 +51,9 @@ class LocalReceiver:
         with contextlib.ExitStack() as current:
             for side in sides:
                 current.enter_context(torch.cuda.stream(side))
-            moved = {name: self._move(tensor) for name, tensor in tensors.items()}
+            moved: dict[str, Any] = {name: self._move(tensor) for name, tensor in tensors.items()}
             copied = tuple(side.record_event() for side in sides)
-        return RowDelivery(_with_tensors(parcel, moved), copied, self._side_stream(self._device))
+        return RowDelivery(replace(parcel, **moved), copied, self._side_stream(self._device))
 
     def _move(self, tensor: Tensor) -> Tensor:
         if tensor.device == self._device:
@@ -73,18 +75,3 @@ class LocalReceiver:
     def close(self) -> None:
         """Forget the copy streams; deliveries hold their own."""
         self._side_streams.clear()
-
-
-def _with_tensors(features: Features, tensors: dict[str, Tensor]) -> Features:
-    return Features(
-        layers=features.layers,
-        hidden=tensors["hidden"],
-        greedy=tensors.get("greedy"),
-        final_hidden=tensors.get("final_hidden"),
-        final_index=tensors.get("final_index"),
-        logsumexp=tensors.get("logsumexp"),
-        row_hash=features.row_hash,
-        finite=features.finite,
-        queued_s=features.queued_s,
-        computed_s=features.computed_s,
-    )
