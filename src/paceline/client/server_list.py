@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Protocol
 from pydantic import BaseModel, ConfigDict, Field
 
 from paceline.client.connection import Connection
+from paceline.config.files import write_whole
 
 MakeConnection = Callable[[], Connection]
 """Makes an unopened connection to one server; called anew each time the server is connected.
@@ -110,6 +110,4 @@ class ServersFile:
 
 def write_servers(path: Path, urls: Sequence[str]) -> None:
     """Replace a `servers.json` as a whole: readers see the old list or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps({"servers": [{"url": url} for url in urls]}, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, json.dumps({"servers": [{"url": url} for url in urls]}, indent=1) + "\n")

@@ -16,6 +16,7 @@ import xxhash
 from pydantic import BaseModel
 
 from paceline.client.recording import file_checksum
+from paceline.config.files import fsync
 from paceline.errors import DataError
 from paceline.schema.features import Features
 from paceline.schema.recording import (
@@ -152,7 +153,7 @@ def write_durably(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-    _fsync(path.parent)
+    fsync(path.parent)
 
 
 def file_checksums(paths: RecordingDir) -> dict[str, str]:
@@ -160,7 +161,7 @@ def file_checksums(paths: RecordingDir) -> dict[str, str]:
     parts = [paths.target_info, paths.weights, *paths.tokenizer.rglob("*"), *paths.prepared.rglob("*")]
     files = sorted(path for path in parts if path.is_file())
     for path in files:
-        _fsync(path)
+        fsync(path)
     return {path.relative_to(paths.root).as_posix(): file_checksum(path) for path in files}
 
 
@@ -209,11 +210,3 @@ def replace_tree(source: Path, copy: Path) -> None:
 
 def _json(document: BaseModel) -> bytes:
     return document.model_dump_json(indent=1).encode() + b"\n"
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

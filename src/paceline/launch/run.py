@@ -16,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from paceline.config.files import write_whole
 from paceline.config.loading import dump_config
 from paceline.config.run import RunConfig
 from paceline.config.run_dir import RunDir
@@ -109,8 +110,8 @@ def open_run(config: RunConfig) -> Run:
         else:
             run_id = secrets.token_hex(8)
             facts = {"run_id": run_id, **_versions()}
-            _write(paths.versions, json.dumps(facts, indent=1) + "\n")
-        _write(paths.resolved_config, dump_config(config))
+            write_whole(paths.versions, json.dumps(facts, indent=1) + "\n")
+        write_whole(paths.resolved_config, dump_config(config))
     except OSError as error:
         raise RunDirectoryError(f"cannot use run directory {paths.root}: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -160,13 +161,6 @@ def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
-
-
-def _write(path: Path, text: str) -> None:
-    """Replace a small file as a whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def _versions() -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 from rich.console import Console
 
+from paceline.config.files import write_whole
 from paceline.config.target import TargetConfig
 from paceline.observe.logs import logging_for
 from paceline.schema.protocol import TransportName
@@ -157,9 +158,7 @@ def _end_now(server: TargetServer) -> NoReturn:
 
 
 def _write_ready(path: Path, url: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps({"url": url, "pid": os.getpid()}) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, json.dumps({"url": url, "pid": os.getpid()}) + "\n")
 
 
 def _allow_many_files() -> None:

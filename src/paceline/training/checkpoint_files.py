@@ -10,6 +10,7 @@ from typing import Any
 
 import xxhash
 
+from paceline.config.files import fsync
 from paceline.errors import CheckpointError
 
 MANIFEST = "manifest.json"
@@ -21,11 +22,11 @@ def write_manifest(directory: Path, run_id: str, step: int) -> None:
     """Name size and xxh3-64 of every file in `directory`, with all of them on the disk first."""
     files = {}
     for path in sorted(directory.iterdir()):
-        _fsync(path)
+        fsync(path)
         files[path.name] = {"bytes": path.stat().st_size, "xxh3": _xxh3(path)}
     manifest = {"format": _FORMAT, "run_id": run_id, "step": step, "files": files}
     write_durably(directory / MANIFEST, json.dumps(manifest, indent=1))
-    _fsync(directory)
+    fsync(directory)
 
 
 def write_durably(path: Path, text: str) -> None:
@@ -41,7 +42,7 @@ def publish(written: Path, final: Path, replaced: Path) -> None:
     if final.exists():
         final.rename(replaced)
     written.rename(final)
-    _fsync(final.parent)
+    fsync(final.parent)
     if replaced.exists():
         shutil.rmtree(replaced)
 
@@ -98,11 +99,3 @@ def _xxh3(path: Path) -> str:
         while block := file.read(_BLOCK_BYTES):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
