@@ -61,17 +61,30 @@ WARM_UP_STEPS = 4
 
 
 @dataclasses.dataclass(frozen=True)
+class Fed:
+    """Where a trainer's rows come from."""
+
+    where: str
+    num_servers: int
+    transport: str
+    prefetch: int
+    num_gpus: int
+    """Of servers and trainer."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Measured:
     """One line of the table."""
 
     draft: str
-    target: str
-    transport: str
-    prefetch: int
-    num_gpus: int
+    fed: Fed
     seconds_per_step: list[float]
     tokens_per_row: int
     trainer_busy: float
+    """Share of the time the trainer's device works on the draft; it waits for the rest."""
+    server_busy: float
+    """Share of the time a server computes a row, from the replies' own figures; the mean over servers."""
+    bytes_per_token: float
     bound: float | None
 
     def cells(self) -> list[str]:
@@ -79,21 +92,23 @@ class Measured:
         rate = self.tokens_per_row / seconds
         return [
             self.draft,
-            self.target,
-            self.transport,
-            str(self.prefetch),
+            self.fed.where,
+            self.fed.transport,
+            str(self.fed.prefetch),
             f"{seconds:.4f}",
             f"{min(self.seconds_per_step):.4f}-{max(self.seconds_per_step):.4f}",
             f"{rate:,.0f}",
-            f"{rate / self.num_gpus:,.0f}",
+            f"{rate / self.fed.num_gpus:,.0f}",
             f"{self.trainer_busy:.0%}",
+            f"{self.server_busy:.0%}",
+            f"{self.bytes_per_token / 1e3:.1f}",
             "" if self.bound is None else f"{rate / self.bound:.1%}",
         ]
 
 
 HEADINGS = [
     *("draft", "target", "transport", "prefetch", "s/step", "spread"),
-    *("tokens/s", "tokens/s/GPU", "trainer busy", "of bound"),
+    *("tokens/s", "tokens/s/GPU", "trainer busy", "server busy", "kB/token", "of bound"),
 ]
 
 
@@ -187,11 +202,11 @@ class _Nothing:
 @contextlib.contextmanager
 def stream_from(
     servers: ServerList, spec: FeatureSpec, info: TargetInfo, rows: Callable[[int], Row], prefetch: int
-) -> Iterator[FeatureStream]:
+) -> Iterator[tuple[FeatureStream, FeaturePool]]:
     pool = FeaturePool(servers, {"training": spec}, PoolConfig(), info)
     stream = FeatureStream(rows, pool, PrefetchBudget(prefetch, 64 << 30), "training", range(1_000_000))
     try:
-        yield stream
+        yield stream, pool
     finally:
         stream.close()
         pool.close()
@@ -215,7 +230,7 @@ class Bench:
 
     def demand(self, servers: ServerList) -> float:
         """Tokens/s of training on rows that are there already."""
-        with stream_from(servers, self.spec, self.info, self.rows, 3) as stream:
+        with stream_from(servers, self.spec, self.info, self.rows, 3) as (stream, _):
             kept = [_own(next(stream)) for _ in range(2)]
         again = (kept[number % 2] for number in range(1_000_000))
         steps_of(again, self.trainer, WARM_UP_STEPS)
@@ -224,7 +239,7 @@ class Bench:
 
     def supply(self, servers: ServerList, prefetch: int) -> float:
         """Tokens/s that arrive on the trainer's device when nobody trains."""
-        with stream_from(servers, self.spec, self.info, self.rows, prefetch) as stream:
+        with stream_from(servers, self.spec, self.info, self.rows, prefetch) as (stream, _):
             for _ in range(WARM_UP_STEPS):
                 next(stream)
             begin = time.perf_counter()
@@ -233,15 +248,46 @@ class Bench:
             finish(self.device)
             return self.arguments.steps * sum(self.lengths) / (time.perf_counter() - begin)
 
-    def train(
-        self, servers: ServerList, where: str, transport: str, prefetch: int, gpus: int, bound: float | None = None
-    ) -> None:
-        with stream_from(servers, self.spec, self.info, self.rows, prefetch) as stream:
+    def remote(self, urls: list[str]) -> None:
+        """Every combination of transport, number of servers and look-ahead; then the long run."""
+        arguments, device = self.arguments, self.device
+        demand = self.demand(remote_servers(urls[:1], "http", 3, device))
+        print(f"{self.name}: demand {demand:,.0f} tokens/s", flush=True)
+        bounds = {}
+        for transport in arguments.transports:
+            for num in arguments.num_servers:
+                supply = self.supply(remote_servers(urls[:num], transport, 4, device), 4)
+                print(f"{self.name}, {transport}, {num} servers: supply {supply:,.0f} tokens/s", flush=True)
+                bounds[transport, num] = min(demand, supply)
+                for prefetch in arguments.prefetch:
+                    servers = remote_servers(urls[:num], transport, prefetch, device)
+                    fed = Fed(f"{num} server(s)", num, transport, prefetch, 1 + num)
+                    self.train(fed, servers, arguments.steps, bounds[transport, num])
+        if arguments.long_steps:
+            transport, num, prefetch = arguments.transports[0], arguments.num_servers[0], max(arguments.prefetch)
+            fed = Fed(f"{num} server(s), long", num, transport, prefetch, 1 + num)
+            servers = remote_servers(urls[:num], transport, prefetch, device)
+            self.train(fed, servers, arguments.long_steps, bounds[transport, num])
+
+    def train(self, fed: Fed, servers: ServerList, num_steps: int, bound: float | None = None) -> None:
+        """Time `repeats` times `num_steps` steps and print their line."""
+        with stream_from(servers, self.spec, self.info, self.rows, fed.prefetch) as (stream, pool):
             steps_of(stream, self.trainer, WARM_UP_STEPS)
-            timed = [steps_of(stream, self.trainer, self.arguments.steps) for _ in range(self.arguments.repeats)]
-        busy = sum(device for _, device in timed) / sum(wall for wall, _ in timed)
-        seconds = [wall / self.arguments.steps for wall, _ in timed]
-        measured = Measured(self.name, where, transport, prefetch, gpus, seconds, sum(self.lengths), busy, bound)
+            computed_s, num_bytes = pool.stats.computed_s, stream.stats.bytes_received
+            timed = [steps_of(stream, self.trainer, num_steps) for _ in range(self.arguments.repeats)]
+            computed_s, num_bytes = pool.stats.computed_s - computed_s, stream.stats.bytes_received - num_bytes
+        wall = sum(seconds for seconds, _ in timed)
+        num_tokens = sum(self.lengths) * num_steps * len(timed)
+        measured = Measured(
+            self.name,
+            fed,
+            [seconds / num_steps for seconds, _ in timed],
+            sum(self.lengths),
+            sum(device for _, device in timed) / wall,
+            computed_s / wall / fed.num_servers,
+            num_bytes / num_tokens,
+            bound,
+        )
         print("| " + " | ".join(measured.cells()) + " |", flush=True)
 
 
@@ -270,10 +316,12 @@ def main() -> None:
     parser.add_argument("--transports", nargs="+", default=["nccl", "http"])
     parser.add_argument("--prefetch", nargs="+", type=int, default=[1, 2, 4])
     parser.add_argument("--server-devices", nargs="+", default=["cuda:0"])
+    parser.add_argument("--num-servers", nargs="+", type=int, default=[1], help="how many of them serve at once")
     parser.add_argument("--trainer-device", default="cuda:1")
     parser.add_argument("--share", type=float, default=0.6, help="supervised share of every document")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--long-steps", type=int, default=0, help="steps of one more measurement with most look-ahead")
     parser.add_argument("--eager", action="store_true", help="compile neither target nor drafts")
     parser.add_argument("--skip-inline", action="store_true")
     arguments = parser.parse_args()
@@ -287,19 +335,12 @@ def main() -> None:
         benches = [Bench(name, arguments, info, device) for name in arguments.drafts]
         print("| " + " | ".join(HEADINGS) + " |\n|" + "---|" * len(HEADINGS), flush=True)
         for bench in benches:
-            demand = bench.demand(remote_servers(urls[:1], "http", 3, device))
-            for transport in arguments.transports:
-                supply = bench.supply(remote_servers(urls, transport, 4, device), 4)
-                print(f"{bench.name}, {transport}: demand {demand:,.0f}, supply {supply:,.0f} tokens/s", flush=True)
-                for prefetch in arguments.prefetch:
-                    servers = remote_servers(urls, transport, prefetch, device)
-                    where = f"{len(urls)} server(s)"
-                    bench.train(servers, where, transport, prefetch, 1 + len(urls), min(demand, supply))
+            bench.remote(urls)
     if not arguments.skip_inline:
         with inline_servers(arguments, device) as servers:
             for bench in benches:
                 for prefetch in (1, max(arguments.prefetch)):
-                    bench.train(servers, "inline", "local", prefetch, 1)
+                    bench.train(Fed("inline", 1, "local", prefetch, 1), servers, arguments.steps)
     if device.type == "cuda":
         print(f"peak of the trainer's GPU {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB")
 
