@@ -7,12 +7,37 @@ from pydantic import Field, model_validator
 from paceline.config.base import Config
 
 
+class RayConfig(Config):
+    """`[placement.ray]`: for launcher = "ray"."""
+
+    address: str | None = None
+    """Of a running cluster: "auto", "HOST:PORT" or "ray://HOST:PORT"; None starts one on this host for the run."""
+    namespace: str = "paceline"
+    """Of the run's actors."""
+    num_gpus: int | None = Field(None, ge=0)
+    """GPUs of the cluster started on this host; None is all. Not with `address`."""
+
+    @model_validator(mode="after")
+    def _num_gpus_of_our_own_cluster(self) -> Self:
+        if self.address is not None and self.num_gpus is not None:
+            raise ValueError("num_gpus is for a cluster that the run starts itself: leave it out, or leave out address")
+        return self
+
+
 class PlacementConfig(Config):
     """Where the target runs and who starts the processes."""
 
     target: Literal["inline", "servers", "urls", "recorded"] = "inline"
     """"inline": inside the trainer's process, on a thread of its own. "servers": processes that the run starts and
     stops. "urls": servers somebody else started. "recorded": features written before by `paceline record`."""
+    launcher: Literal["local", "external", "ray"] = "local"
+    """Who starts the run's processes: "local" this command, on this host; "external" torchrun or Slurm, one process a
+    trainer rank; "ray" a Ray cluster (extra `ray`)."""
+    num_trainers: int = Field(1, ge=1)
+    """Trainer ranks. Under torchrun and Slurm their own number counts, and this one is left at 1."""
+    trainer_devices: tuple[str, ...] = ()
+    """The device of each trainer rank, e.g. ["cuda:2", "cuda:3"]; empty gives each a GPU that no server has."""
+    ray: RayConfig = RayConfig()
     urls: tuple[str, ...] = ()
     """For "urls": http://HOST:PORT of each server; more may join by `servers.json` in the run directory."""
     num_servers: int = Field(1, ge=1)
@@ -41,6 +66,10 @@ class PlacementConfig(Config):
                 raise ValueError(f"{url!r} is no address of a server: write http://HOST:PORT or https://HOST:PORT")
         if self.server_devices and len(self.server_devices) != self.num_servers:
             raise ValueError(f"{len(self.server_devices)} server_devices for {self.num_servers} servers: name one each")
+        if self.trainer_devices and len(self.trainer_devices) != self.num_trainers:
+            raise ValueError(
+                f"{len(self.trainer_devices)} trainer_devices for {self.num_trainers} trainers: name one each"
+            )
         return self
 
 

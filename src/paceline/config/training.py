@@ -25,6 +25,14 @@ class TrainingConfig(Config):
     """Optimizer steps at most; None is all epochs."""
     rows_per_step: int = Field(1, ge=1)
     """G: rows in an optimizer step, over all ranks and micro-steps."""
+    sharding: Literal["none", "full"] = "none"
+    """With several trainer ranks: "none" keeps all weights and optimizer state on each, "full" divides them (FSDP2)."""
+    sequence_parallel: int = Field(1, ge=1)
+    """Ranks that train each row together, each with a part of its tokens; divides the number of trainer ranks and the
+    drafts' key/value heads. For rows too long for one GPU."""
+    dist_timeout_s: float = Field(1800.0, gt=0)
+    """Trainer ranks that wait for each other longer than this end the run. Data is prepared, compiled and saved in
+    such waits."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Compute dtype of the drafts; master weights, gradients and optimizer state are fp32."""
     device: str = "auto"
