@@ -51,6 +51,7 @@ from paceline.target.admission import Admission
 from paceline.target.hf.engine import HFEngine
 from paceline.target.hf.weights import CheckpointWeights
 from paceline.training.checkpoint import CheckpointStore
+from paceline.training.ranks import Ranks
 from paceline.training.step_record import DeviceClock
 from paceline.training.trainer import Outputs, Trainer
 from paceline.transport.local import LocalReceiver, LocalSender
@@ -180,10 +181,12 @@ def finish(device: torch.device) -> None:
 
 def build_trainer(name: str, draft: DraftAlgorithm, directory: Path) -> Trainer:
     run = RunDir(directory)
-    outputs = Outputs(MetricsWriter(run.metrics), CheckpointStore(run, "benchmark", 1, asynchronous=False), run.profile)
+    ranks = Ranks(threading.Event())
+    store = CheckpointStore(run, "benchmark", 1, asynchronous=False, ranks=ranks)
+    outputs = Outputs(MetricsWriter(run.metrics), store, run.profile)
     config = TrainingConfig(compile=True, max_steps=100_000)
     stream: Any = _Nothing()
-    return Trainer(config, {name: draft}, stream, 100_000, lambda step: {}, outputs, threading.Event())
+    return Trainer(config, {name: draft}, stream, 100_000, lambda step: {}, outputs, ranks)
 
 
 class _Nothing:

@@ -161,11 +161,11 @@ def run_command(words: list[str]) -> None:
     """In the child: what the console script does, after a function of the suite that sets something up."""
     from importlib import import_module
 
-    if ":" in words[0]:
-        module, function = words[0].split(":")
-        getattr(import_module(module), function)()
-        words = words[1:]
+    function, words = (words[0], words[1:]) if ":" in words[0] else (None, words)
     sys.argv = ["paceline", *words]
+    if function is not None:
+        module, _, name = function.partition(":")
+        getattr(import_module(module), name)()
     from paceline.cli.main import main as run_paceline
 
     run_paceline()

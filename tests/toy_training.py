@@ -29,6 +29,7 @@ from paceline.schema.features import FeatureRow, Features, FeatureSpec
 from paceline.schema.rows import Row
 from paceline.schema.target_info import TargetInfo
 from paceline.training.checkpoint import CheckpointStore
+from paceline.training.ranks import Ranks
 from paceline.training.trainer import Outputs, Trainer
 
 HIDDEN, NUM_TOKENS, VOCAB = 16, 12, 24
@@ -69,6 +70,11 @@ class ToyDraft(DraftAlgorithm):
     @classmethod
     def feature_spec(cls, config: DraftConfig, info: TargetInfo, evaluation: bool = False) -> FeatureSpec:
         return FeatureSpec(layers=(0,))
+
+    def nothing(self) -> LossTerms:
+        weight = next(self.draft.parameters())
+        count = torch.zeros((), device=self.context.device)
+        return LossTerms(weight.float().sum() * 0.0, count, {"accuracy": count.expand(2, 1).clone()})
 
     # Training asks for none of the rest: a call would be a defect of the loop.
     def propose(self, row: FeatureRow, starts: Tensor) -> Tensor:
@@ -146,8 +152,9 @@ def toy_trainer(run_dir: Path, num_rows: int = 8, config: TrainingConfig = FP32,
     """A trainer of two drafts; `changes` replace drafts, stream, evaluate, stop, run_id."""
     torch.manual_seed(0)
     run = RunDir(run_dir)
+    ranks = Ranks(changes.get("stop") or threading.Event())
     store = CheckpointStore(
-        run, changes.get("run_id", "toy"), config.keep_checkpoints, asynchronous=config.async_checkpoints
+        run, changes.get("run_id", "toy"), config.keep_checkpoints, asynchronous=config.async_checkpoints, ranks=ranks
     )
     return Trainer(
         config,
@@ -156,7 +163,7 @@ def toy_trainer(run_dir: Path, num_rows: int = 8, config: TrainingConfig = FP32,
         num_rows,
         changes.get("evaluate") or (lambda step: {name: {"acceptance_length": 1.0 + step} for name in "ab"}),
         Outputs(MetricsWriter(run.metrics), store, run.profile),
-        changes.get("stop") or threading.Event(),
+        ranks,
     )
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from types import TracebackType
@@ -84,7 +85,7 @@ class FeatureStream:
         pool: FeaturePool,
         budget: PrefetchBudget,
         spec: str,
-        positions: range,
+        positions: Sequence[int],
         *,
         own_rows: int = 0,
         row_timeout_s: float = 600.0,
@@ -96,7 +97,7 @@ class FeatureStream:
             rows: the row at a position (`RowSource.row`).
             budget: of this trainer rank, shared by its streams.
             spec: name of the features, as registered with the pool.
-            positions: what to go through, e.g. `range(0, num_epochs * num_rows)`.
+            positions: what to go through, ascending: a rank's share of all epochs, or a range.
             own_rows: rows this stream may have in flight beyond the budget; 1 for evaluation.
             row_timeout_s: waiting longer for one row is an error.
             log_every_s: a wait says so this often.
@@ -120,6 +121,7 @@ class FeatureStream:
         self._closed = False
         self._planned: _Planned | None = None
         self._num_asked = 0
+        """How many of `_positions` were asked for, or lie before where the stream began; likewise the next."""
         self._num_handed_out = 0
         self._wait_s = 0.0
         self._rows_received = 0
@@ -166,25 +168,24 @@ class FeatureStream:
 
     def state_dict(self) -> dict[str, int]:
         """{"position": the next position to train}, whatever was asked for beyond; also after `close`."""
-        return {"position": self._positions.start + self._num_handed_out * self._positions.step}
+        positions, done = self._positions, self._num_handed_out
+        if done < len(positions):
+            return {"position": positions[done]}
+        return {"position": positions[-1] + 1 if positions else 0}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go on from the position of `state`; what was asked for before is dropped.
+        """Go on from the first of its positions that is not before that of `state`; what was asked for is dropped.
 
         Raises:
-            CheckpointError: the position is not one of this stream's.
+            CheckpointError: a negative position.
         """
-        position, positions = state["position"], self._positions
-        if position < 0 or (position - positions.start) % positions.step:
-            raise CheckpointError(
-                f"the stream cannot go on at position {position}: its positions are "
-                f"{positions.start}, {positions.start + positions.step}, ..."
-            )
+        position = state["position"]
+        if position < 0:
+            raise CheckpointError(f"the stream cannot go on at position {position}: its positions begin at 0")
         self._let_go_of_current()
         self._drop_asked()
         self._planned = None
-        self._num_asked = self._num_handed_out = 0
-        self._positions = range(position, max(position, positions.stop), positions.step)
+        self._num_asked = self._num_handed_out = bisect_left(self._positions, position)
 
     @property
     def stats(self) -> StreamStats:

@@ -56,7 +56,8 @@ class LossTerms:
     weight: Tensor
     """fp32 scalar without a graph: what `total` is divided by; 0 for a row that teaches nothing."""
     metrics: dict[str, Tensor] = field(default_factory=dict)
-    """Detached fp32 vectors [2, n] of (sums, counts) per position; the ratio is the metric.
+    """Detached fp32 vectors [2, n] of (sums, counts) per position; the ratio is the metric. Names and n are those of
+    the draft, whatever the row.
     "accuracy": teacher-forced, prediction k equals the target's greedy token (or the data's, where labels
     are the data's); a token outside the draft vocabulary is a miss. "loss": unweighted cross-entropy."""
 
@@ -114,6 +115,10 @@ class DraftAlgorithm(ABC):
     @abstractmethod
     def loss(self, row: FeatureRow) -> LossTerms:
         """Loss of one row; feature tensors are on the draft's device."""
+
+    @abstractmethod
+    def nothing(self) -> LossTerms:
+        """Total, weight and metrics of zeros: the loss of a row that teaches nothing, and of a rank without a row."""
 
     @abstractmethod
     def propose(self, row: FeatureRow, starts: Tensor) -> Tensor:

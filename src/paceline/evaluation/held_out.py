@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -23,8 +25,19 @@ class EvalStream(AbstractContextManager["EvalStream"], Protocol):
 class HeldOutEvaluation:
     """Callable that the trainer evaluates with: step -> {draft: figures}."""
 
-    def __init__(self, drafts: Mapping[str, DraftAlgorithm], open_stream: Callable[[int], Any], num_rows: int) -> None:
-        """`open_stream(n)` gives a fresh stream of the first n held-out rows."""
+    def __init__(
+        self,
+        drafts: Mapping[str, DraftAlgorithm],
+        open_stream: Callable[[int], Any],
+        num_rows: int,
+        gather: Callable[[Any], list[Any]] = lambda own: [own],
+    ) -> None:
+        """
+        Args:
+            open_stream: of n, gives a fresh stream of this rank's share of the first n held-out rows.
+            gather: what all ranks have, by rank.
+        """
+        self._gather = gather
         self._drafts = dict(drafts)
         self._open_stream = open_stream
         self._num_rows = num_rows
@@ -42,7 +55,8 @@ class HeldOutEvaluation:
                 for name, draft in self._drafts.items():
                     walks[name] = walks[name] + walk_row(draft, row)
                     _add_loss(sums[name], draft, row)
-        return {name: _figures(walks[name], sums[name]) for name in self._drafts}
+        everyone = self._gather({name: (walks[name], _on_host(sums[name])) for name in self._drafts})
+        return {name: _figures(*_of_all_ranks([own[name] for own in everyone])) for name in self._drafts}
 
 
 def _add_loss(sums: dict[str, Tensor], draft: DraftAlgorithm, row: FeatureRow) -> None:
@@ -50,6 +64,17 @@ def _add_loss(sums: dict[str, Tensor], draft: DraftAlgorithm, row: FeatureRow) -
     parts = {"total": torch.stack([terms.total.detach(), terms.weight.detach()]), **terms.metrics}
     for name, part in parts.items():
         sums[name] = sums[name] + part if name in sums else part
+
+
+def _on_host(sums: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: part.cpu() for name, part in sums.items()}
+
+
+def _of_all_ranks(sums: list[tuple[WalkSums, dict[str, Tensor]]]) -> tuple[WalkSums, dict[str, Tensor]]:
+    walks, parts = zip(*sums, strict=True)
+    names = dict.fromkeys(name for part in parts for name in part)
+    added = {name: torch.stack([part[name] for part in parts if name in part]).sum(0) for name in names}
+    return functools.reduce(operator.add, walks), added
 
 
 def _figures(walk: WalkSums, sums: dict[str, Tensor]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 
 from paceline.client.budget import PrefetchBudget
 from paceline.client.pool import FeaturePool
+from paceline.client.positions import DealtPositions
 from paceline.client.stream import FeatureStream
 from paceline.config.run import RunConfig
 from paceline.config.run_dir import RunDir
@@ -28,6 +29,7 @@ from paceline.launch.warm_up import compile_drafts
 from paceline.schema.features import FeatureSpec, merge_specs
 from paceline.schema.target_info import TargetInfo
 from paceline.target.hf.loading import resolve_device
+from paceline.training.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -62,9 +64,9 @@ def feature_specs(config: RunConfig, info: TargetInfo) -> dict[str, FeatureSpec]
 
 @contextlib.contextmanager
 def assemble_trainer(
-    config: RunConfig, prepared: PreparedData, access: RemoteAccess | None = None
+    config: RunConfig, prepared: PreparedData, access: RemoteAccess | None, ranks: Ranks
 ) -> Iterator[TrainerParts]:
-    """Everything a trainer needs; closed again, in order, at the end of the block.
+    """Everything a trainer rank needs; closed again, in order, at the end of the block.
 
     Args:
         access: to servers elsewhere; None for placements without any.
@@ -82,9 +84,10 @@ def assemble_trainer(
         dtype = getattr(torch, config.training.dtype)
         target = stack.enter_context(open_target(config, device, dtype, access))
         info, weights = target.info, target.weights
-        run = RunDir(Path(config.run_dir))
-        remember_target(run, info)
-        remember_data(run, prepared)
+        if ranks.is_first:
+            run = RunDir(Path(config.run_dir))
+            remember_target(run, info)
+            remember_data(run, prepared)
         specs = feature_specs(config, info)
         if target.recording is not None:
             check_recording(target.recording, specs, train_rows)
@@ -97,9 +100,8 @@ def assemble_trainer(
         transport = config.transport
         budget = PrefetchBudget(transport.prefetch_rows, transport.prefetch_bytes)
         num_rows = config.training.num_epochs * train_rows.num_rows
-        stream = FeatureStream(
-            train_rows.row, pool, budget, TRAINING, range(num_rows), row_timeout_s=transport.row_timeout_s
-        )
+        share = DealtPositions(num_rows, config.training.rows_per_step, ranks.data_rank, ranks.num_data_ranks)
+        stream = FeatureStream(train_rows.row, pool, budget, TRAINING, share, row_timeout_s=transport.row_timeout_s)
         stack.callback(stream.close)
 
         def open_eval_stream(num: int) -> FeatureStream:
@@ -108,13 +110,13 @@ def assemble_trainer(
                 pool,
                 budget,
                 EVALUATION,
-                range(num),
+                range(ranks.rank, num, ranks.num_ranks),
                 own_rows=1,
                 row_timeout_s=transport.row_timeout_s,
             )
 
         limit = config.training.max_eval_rows or eval_rows.num_rows
-        evaluate = HeldOutEvaluation(drafts, open_eval_stream, min(limit, eval_rows.num_rows))
+        evaluate = HeldOutEvaluation(drafts, open_eval_stream, min(limit, eval_rows.num_rows), ranks.gather)
         yield TrainerParts(drafts, stream, num_rows, evaluate, pool)
 
 

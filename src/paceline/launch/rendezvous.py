@@ -13,3 +13,9 @@ class Rendezvous:
     num_ranks: int
     address: str
     """"file:///PATH": a file that does not exist yet, on one host. "tcp://HOST:PORT": rank 0 listens there."""
+    hosted: bool = True
+    """tcp: rank 0 listens; False where somebody does already (torchrun's agent)."""
+
+
+ALONE = Rendezvous(0, 1, "")
+"""A single rank meets nobody."""

@@ -122,6 +122,21 @@ def open_run(config: RunConfig) -> Run:
     return Run(paths, run_id)
 
 
+def recall_run(paths: RunDir) -> Run:
+    """The run of a directory that another rank of it has opened.
+
+    Raises:
+        RunDirectoryError: this process does not see it.
+    """
+    try:
+        return Run(paths, str(json.loads(paths.versions.read_text(encoding="utf-8"))["run_id"]))
+    except (OSError, ValueError, KeyError) as error:
+        raise RunDirectoryError(
+            f"cannot read {paths.versions}, which trainer rank 0 has written ({error}): all ranks need the same "
+            "run_dir, on a file system that they share"
+        ) from error
+
+
 def check_same_run(paths: RunDir, config: RunConfig) -> None:
     """Raise RunDirectoryError if what is trained would differ from what the directory holds."""
     before = _flat(load_resolved(paths))

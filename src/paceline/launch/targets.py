@@ -22,6 +22,7 @@ from paceline.client.recording import Recording
 from paceline.client.remote import RemoteConnection
 from paceline.client.server_list import FixedServers, ServerList, ServersFile, write_servers
 from paceline.client.weights import RemoteWeights
+from paceline.config.files import write_whole
 from paceline.config.run import RunConfig
 from paceline.config.run_dir import RunDir
 from paceline.drafts.interface import TargetWeights
@@ -59,14 +60,16 @@ class OpenTarget:
 class RemoteAccess:
     """How this process reaches the servers of a run: where they are named, and with which credentials."""
 
-    def __init__(self, config: RunConfig, token: str | None, stop: threading.Event) -> None:
+    def __init__(self, config: RunConfig, token: str | None, stop: threading.Event, rank: int = 0) -> None:
         """Reach nothing yet.
 
         Args:
             token: of the servers; None where they ask for none.
             stop: ends waiting for servers.
+            rank: of this trainer, for the servers' logs.
         """
         self._config = config
+        self._rank = rank
         self._token = token
         self._stop = stop
         self._path = RunDir(Path(config.run_dir)).servers
@@ -122,7 +125,7 @@ class RemoteAccess:
             files = calls.tokenizer()
         directory.mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
-            (directory / name).write_text(text, encoding="utf-8")
+            write_whole(directory / name, text)  # ranks may do it at once
         return TargetFacts(info.vocab_size, info.mask_token_id, load_tokenizer(str(directory)))
 
     def _calls(self, url: str) -> ServerCalls:
@@ -138,12 +141,14 @@ class RemoteAccess:
             device,
             token=self._token,
             tls_ca=config.placement.tls_ca,
-            label=f"{Path(config.run_dir).name} trainer-0",
+            label=f"{Path(config.run_dir).name} trainer-{self._rank}",
             buffers=buffers,
         )
 
 
-def open_access(config: RunConfig, stop: threading.Event, token_file: Path | None = None) -> RemoteAccess | None:
+def open_access(
+    config: RunConfig, stop: threading.Event, token_file: Path | None = None, rank: int = 0
+) -> RemoteAccess | None:
     """Access to the run's servers, with the token of `token_file` or of the placement; None without servers.
 
     For `urls` it also writes servers.json where there is none: the list that others may then replace.
@@ -156,7 +161,7 @@ def open_access(config: RunConfig, stop: threading.Event, token_file: Path | Non
         return None
     if placement.target == "urls" and not RunDir(Path(config.run_dir)).servers.exists():
         publish_urls(config)
-    return RemoteAccess(config, take_token(token_file or placement.token_file), stop)
+    return RemoteAccess(config, take_token(token_file or placement.token_file), stop, rank)
 
 
 def publish_urls(config: RunConfig) -> None:

@@ -6,7 +6,9 @@ import contextlib
 import errno
 import logging
 import os
+import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,13 +20,16 @@ from paceline.config.run_dir import RunDir
 from paceline.errors import RunDirectoryError
 from paceline.launch.assemble import TrainerParts, assemble_trainer
 from paceline.launch.prepare import prepare_data
-from paceline.launch.run import Run, lock_run, open_run
+from paceline.launch.rendezvous import ALONE, Rendezvous
+from paceline.launch.run import Run, lock_run, open_run, recall_run
 from paceline.launch.targets import open_access, publish_urls, target_facts
 from paceline.observe.logs import logging_for
-from paceline.observe.metrics import MetricsWriter, View
+from paceline.observe.metrics import MetricsWriter, SilentMetrics, View
 from paceline.observe.progress import build_progress
 from paceline.observe.trackers import build_trackers
+from paceline.target.hf.loading import resolve_device
 from paceline.training.checkpoint import CheckpointStore
+from paceline.training.ranks import Ranks, open_ranks
 from paceline.training.schedule import num_planned_steps
 from paceline.training.trainer import Outputs, Trainer, TrainingResult
 
@@ -34,55 +39,96 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def train(config: RunConfig, signals: StopSignals, console: Console) -> TrainingResult:
+def train(config: RunConfig, signals: StopSignals, console: Console, rendezvous: Rendezvous = ALONE) -> TrainingResult:
     """Train to the end or until a signal; run again, it goes on from the newest checkpoint.
+
+    Args:
+        rendezvous: this process's place among the trainer ranks that somebody has started; the first one holds the run
+            directory for all.
 
     Raises:
         PacelineError: anything that keeps the run from going on; see `errors`.
     """
     paths = RunDir(Path(config.run_dir))
-    with lock_run(paths), _full_disk_named(paths):
-        return _train(config, signals, console)
+    with contextlib.ExitStack() as stack:
+        if rendezvous.rank == 0:
+            stack.enter_context(lock_run(paths))
+        return train_as_child(config, signals, console, rendezvous=rendezvous)
 
 
-def train_as_child(config: RunConfig, signals: StopSignals, console: Console, token_file: Path) -> TrainingResult:
-    """The same for a process whose parent holds the run directory and has started the servers.
+def train_as_child(
+    config: RunConfig,
+    signals: StopSignals,
+    console: Console,
+    token_file: Path | None = None,
+    rendezvous: Rendezvous = ALONE,
+) -> TrainingResult:
+    """The same for a process whose parent holds the run directory and has started servers, if there are any.
 
     Raises:
         PacelineError: as `train`.
     """
-    with _full_disk_named(RunDir(Path(config.run_dir))):
-        return _train(config, signals, console, token_file)
-
-
-def _train(config: RunConfig, signals: StopSignals, console: Console, token_file: Path | None = None) -> TrainingResult:
     signals.grace_s = config.training.shutdown_grace_s
-    paths = RunDir(Path(config.run_dir))
-    run = open_run(config)
-    with logging_for("trainer", 0, paths.log("trainer", 0), console):
-        set_numerics(config)
-        if config.placement.target == "urls":
+    paths, rank = RunDir(Path(config.run_dir)), rendezvous.rank
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_full_disk_named(paths))
+        run = open_run(config) if rank == 0 else None
+        log = paths.log("trainer", rank)
+        stack.enter_context(logging_for("trainer", rank, log, console if rank == 0 else None))
+        set_numerics(config, rank)
+        ranks = stack.enter_context(_meet(config, signals, rendezvous))
+        if config.placement.target == "urls" and ranks.is_first:
             publish_urls(config)
-        access = open_access(config, signals.stop, token_file)
-        prepared = prepare_data(config, paths, target_facts(config, access))
-        with assemble_trainer(config, prepared, access) as parts:
-            # Whoever waits for a row, in training or in an evaluation, is let go.
-            signals.on_stop(parts.stream.close)
-            signals.on_stop(parts.pool.close)
-            return _run_trainer(config, run, parts, signals, console)
+        ranks.gather(None)  # the others find what the first has written
+        access = open_access(config, signals.stop, token_file, rank)
+        prepared = ranks.first_then_others(lambda: prepare_data(config, paths, target_facts(config, access)))
+        parts = stack.enter_context(assemble_trainer(config, prepared, access, ranks))
+        _let_go_on_stop(parts, signals, ranks)
+        return _run_trainer(config, run or recall_run(paths), parts, ranks, console)
 
 
-def _run_trainer(
-    config: RunConfig, run: Run, parts: TrainerParts, signals: StopSignals, console: Console
-) -> TrainingResult:
+def _meet(config: RunConfig, signals: StopSignals, rendezvous: Rendezvous) -> AbstractContextManager[Ranks]:
+    device = resolve_device(config.training.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return open_ranks(
+        signals.stop,
+        rendezvous.rank,
+        rendezvous.num_ranks,
+        rendezvous.address,
+        hosted=rendezvous.hosted,
+        device=device,
+        sequence_parallel=config.training.sequence_parallel,
+        timeout_s=config.training.dist_timeout_s,
+    )
+
+
+def _let_go_on_stop(parts: TrainerParts, signals: StopSignals, ranks: Ranks) -> None:
+    """Whoever waits for a row, in training or in an evaluation, is let go by a signal.
+
+    One of several ranks is not at once: the step is ended together, and what the others wait for comes.
+    """
+
+    def close() -> None:
+        if ranks.num_ranks > 1:
+            time.sleep(0.7 * signals.grace_s)
+        parts.stream.close()
+        parts.pool.close()
+
+    signals.on_stop(close)
+
+
+def _run_trainer(config: RunConfig, run: Run, parts: TrainerParts, ranks: Ranks, console: Console) -> TrainingResult:
     training = config.training
     num_steps = num_planned_steps(parts.num_rows, training.rows_per_step, training.max_steps)
     with contextlib.ExitStack() as stack:
-        views: list[View] = [build_progress(num_steps, console), *build_trackers(config.tracking, run.paths)]
-        metrics = MetricsWriter(run.paths.metrics, views)
+        metrics: MetricsWriter = SilentMetrics()
+        if ranks.is_first:
+            views: list[View] = [build_progress(num_steps, console), *build_trackers(config.tracking, run.paths)]
+            metrics = MetricsWriter(run.paths.metrics, views)
         stack.callback(metrics.close)
         checkpoints = CheckpointStore(
-            run.paths, run.run_id, training.keep_checkpoints, asynchronous=training.async_checkpoints
+            run.paths, run.run_id, training.keep_checkpoints, asynchronous=training.async_checkpoints, ranks=ranks
         )
         trainer = Trainer(
             training,
@@ -91,15 +137,18 @@ def _run_trainer(
             parts.num_rows,
             parts.evaluate,
             Outputs(metrics, checkpoints, run.paths.profile),
-            signals.stop,
+            ranks,
             lambda: _stream_figures(parts),
         )
         return trainer.run()
 
 
-def set_numerics(config: RunConfig) -> None:
-    """Threads, seed and determinism, for the whole process, before any model is built."""
-    torch.manual_seed(config.seed)
+def set_numerics(config: RunConfig, rank: int = 0) -> None:
+    """Threads, seed and determinism, for the whole process, before any model is built.
+
+    What ranks draw from global generators differs; weights are drawn by generators of their own, alike on all of them.
+    """
+    torch.manual_seed(config.seed + rank)
     if config.training.num_threads is not None:
         torch.set_num_threads(config.training.num_threads)
     if config.training.deterministic:

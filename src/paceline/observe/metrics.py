@@ -72,6 +72,22 @@ class MetricsWriter:
             view.close()
 
 
+class SilentMetrics(MetricsWriter):
+    """Writes nothing: that of every rank but the first."""
+
+    def __init__(self) -> None:
+        self.attempt = 0
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        """Drop the line."""
+
+    def flush(self, durable: bool = False) -> None:
+        """There is nothing to flush."""
+
+    def close(self) -> None:
+        """There is nothing to close."""
+
+
 def read_metrics(path: Path) -> list[Line]:
     """The last line written for each (step, kind), ordered by step; a torn last line is ignored.
 

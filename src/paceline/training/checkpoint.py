@@ -16,15 +16,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import barrier
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from paceline.config.run_dir import RunDir
 from paceline.errors import CheckpointError, RunDirectoryError
 from paceline.training import checkpoint_files as files
+from paceline.training.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +66,8 @@ class TrainingState:
     """By draft."""
     zero_weight_steps: dict[str, int]
     """By draft."""
-    rng: dict[str, Any]
+    rng: list[dict[str, Any]]
+    """By rank."""
 
     @classmethod
     def from_json(cls, text: str) -> TrainingState:
@@ -73,31 +78,38 @@ class TrainingState:
 
 
 class CheckpointStore:
-    """The checkpoints of one run, for its trainer.
+    """The checkpoints of one run, for its trainer ranks: a directory that all of them see.
 
     consumes: state at step boundaries      waits for: the write before, as there is one at a time
     unblocked by: that write's end or failure, which the next call raises
+
+    Rank 0 writes all there is, but for tensors of which each rank has a shard (DTensor): then every rank writes its
+    own, and rank 0 publishes when all have.
     """
 
-    def __init__(self, run: RunDir, run_id: str, keep: int, asynchronous: bool) -> None:
+    def __init__(self, run: RunDir, run_id: str, keep: int, asynchronous: bool, ranks: Ranks) -> None:
         """`run_id` marks what this run wrote: nothing else is ever removed or loaded. `keep` counts the newest."""
+        self._ranks = ranks
         self._run = run
         self._run_id = run_id
         self._keep = keep
         self._asynchronous = asynchronous
         self._staged: dict[str, Tensor] = {}
+        self._host_mesh: DeviceMesh | None = None
         self._write_under_way: Future[None] | None = None
         self._seconds: float | None = None
 
     def save(self, state: TrainingState, tensors: dict[str, Tensor]) -> None:
         """Write a checkpoint of `state` and `tensors` as they are now; they may change once this returns.
 
-        Asynchronously it returns after a copy to host memory was made (on a GPU: was enqueued).
+        Asynchronously it returns after a copy to host memory was made (on a GPU: was enqueued). Every rank calls it.
 
         Raises:
             CheckpointError: this write, or an asynchronous one before it, failed; the last checkpoint stands.
         """
         self.wait()
+        if not self._ranks.is_first and not _are_shards(tensors):
+            return
         if not self._asynchronous:
             self._write(state, tensors, None)
             return
@@ -149,7 +161,7 @@ class CheckpointStore:
             CheckpointError: a file is missing or damaged, or the tensors are not those of this run's drafts.
             RunDirectoryError: another run wrote it.
         """
-        manifest = files.check_files(path)
+        manifest = files.check_files(path) if self._ranks.is_first else files.load_manifest(path)
         if manifest["run_id"] != self._run_id:
             raise RunDirectoryError(
                 f"{path} belongs to run {manifest['run_id']}, this is run {self._run_id}: choose another run_dir"
@@ -161,7 +173,9 @@ class CheckpointStore:
         return state
 
     def remove_leftovers(self) -> None:
-        """Clean up behind a process that died while writing; call once, before the first save."""
+        """Clean up behind a process that died while writing; call once, before the first save. Rank 0 does it."""
+        if not self._ranks.is_first:
+            return
         self._run.checkpoints.mkdir(parents=True, exist_ok=True)
         for path in list(self._run.checkpoints.iterdir()):
             match = _LEFTOVER.fullmatch(path.name)
@@ -178,17 +192,26 @@ class CheckpointStore:
         """Copy into host buffers kept from save to save; an event tells when GPU copies have arrived."""
         on_gpu = any(tensor.is_cuda for tensor in tensors.values())
         if self._staged.keys() != tensors.keys():
-            self._staged = {
-                name: torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-                for name, tensor in tensors.items()
-            }
+            self._staged = {name: self._host_copy(tensor) for name, tensor in tensors.items()}
         for name, tensor in tensors.items():
-            self._staged[name].copy_(tensor, non_blocking=True)
+            _local(self._staged[name]).copy_(_local(tensor), non_blocking=True)
         if not on_gpu:
             return None
         copied = torch.cuda.Event()
         copied.record()
         return copied
+
+    def _host_copy(self, tensor: Tensor) -> Tensor:
+        """Host memory for a tensor, or for this rank's shard of one."""
+        local = _local(tensor)
+        copy = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
+        if not isinstance(tensor, DTensor):
+            return copy
+        if self._host_mesh is None:
+            self._host_mesh = self._ranks.mesh("cpu", "full")
+        return DTensor.from_local(
+            copy, self._host_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+        )
 
     def _write(self, state: TrainingState, tensors: dict[str, Tensor], copied: torch.cuda.Event | None) -> None:
         """Write, publish and rotate."""
@@ -198,21 +221,33 @@ class CheckpointStore:
         try:
             if copied is not None:
                 copied.synchronize()
-            self._run.checkpoints.mkdir(parents=True, exist_ok=True)
-            writing.mkdir()
-            _expect_one_process()
-            save_distributed(dict(tensors), storage_writer=_writer(writing), no_dist=True)
+            if self._ranks.is_first:
+                self._run.checkpoints.mkdir(parents=True, exist_ok=True)
+                writing.mkdir()
+            self._write_tensors(tensors, writing)
+            if not self._ranks.is_first:
+                return
             files.write_durably(writing / _STATE, json.dumps(asdict(state)))
             files.write_manifest(writing, self._run_id, state.step)
             files.publish(writing, final, self._run.checkpoints / f".replaced-{final.name}")
             self._rotate({best.step for best in state.best.values()})
         except _WRITE_ERRORS as error:
-            shutil.rmtree(writing, ignore_errors=True)
+            if self._ranks.is_first:
+                shutil.rmtree(writing, ignore_errors=True)
             last = self.latest()
             stands = f"the last one stands: {last}" if last else "there is none before it"
             raise CheckpointError(f"cannot write checkpoint {final}: {_reason(error)}; {stands}") from error
         self._seconds = time.perf_counter() - start
         logger.info("checkpoint %s written in %.1f s", final, self._seconds)
+
+    def _write_tensors(self, tensors: dict[str, Tensor], directory: Path) -> None:
+        if not _are_shards(tensors):
+            _expect_one_process()
+            save_distributed(dict(tensors), storage_writer=_writer(directory), no_dist=True)
+            return
+        group = self._ranks.checkpoint_group
+        barrier(group)  # the directory is there
+        save_distributed(dict(tensors), storage_writer=_writer(directory), process_group=group)
 
     def _rotate(self, best_steps: set[int]) -> None:
         """Keep the newest and the best; touch nothing that this run did not write."""
@@ -321,6 +356,14 @@ def _published_steps(run: RunDir) -> list[int]:
         return []
     matches = (_PUBLISHED.fullmatch(path.name) for path in run.checkpoints.iterdir())
     return sorted(int(match[1]) for match in matches if match)
+
+
+def _are_shards(tensors: dict[str, Tensor]) -> bool:
+    return any(isinstance(tensor, DTensor) for tensor in tensors.values())
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _expect_one_process() -> None:

@@ -38,20 +38,29 @@ class MasterOptimizer:
             raise DraftError(f"{type(module).__name__} has no parameter that is trained")
         self._config = config
         self._num_steps = num_steps
-        self._masters = {
+        self._masters = self._take_masters(named)
+        self._adamw = self._build_adamw()
+
+    def _take_masters(self, named: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+        """fp32 weights by name, each with its gradient sum."""
+        masters = {
             name: parameter.detach() if parameter.dtype == torch.float32 else parameter.detach().float()
             for name, parameter in named.items()
         }
         lowered = [name for name, parameter in named.items() if parameter.dtype != torch.float32]
         self._lowered_parameters: list[Tensor] = [named[name] for name in lowered]
-        self._lowered_masters = [self._masters[name] for name in lowered]
-        for name, master in self._masters.items():
+        self._lowered_masters = [masters[name] for name in lowered]
+        for name, master in masters.items():
             master.grad = torch.zeros_like(master)
             if name not in lowered:
                 named[name].grad = master.grad
-        self._grads: list[Tensor] = [master.grad for master in self._masters.values() if master.grad is not None]
+        self._grads: list[Tensor] = [master.grad for master in masters.values() if master.grad is not None]
         self._lowered_grads = [master.grad for master in self._lowered_masters if master.grad is not None]
-        self._adamw = self._build_adamw()
+        return masters
+
+    def _total_norm(self) -> Tensor:
+        """fp32 scalar: norm of all gradient sums."""
+        return torch.nn.utils.get_total_norm(self._grads)
 
     def _build_adamw(self) -> _ScaledAdamW:
         """AdamW whose whole state exists before the first step, so that a checkpoint loads into it."""
@@ -104,7 +113,7 @@ class MasterOptimizer:
             fp32 scalar on the device; 0 if the weight is 0.
         """
         divisor = torch.where(weight == 0, 1.0, weight)
-        norm = torch.nn.utils.get_total_norm(self._grads) / divisor
+        norm = self._total_norm() / divisor
         clip = (self._config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         self._adamw.grad_scale = divisor / clip
         self._adamw.found_inf = ((weight == 0) | ~torch.isfinite(norm)).float()
@@ -112,8 +121,7 @@ class MasterOptimizer:
             group["lr"] = self.learning_rate(step)
         self._adamw.step()
         self.discard()
-        if self._lowered_parameters:
-            torch._foreach_copy_(self._lowered_parameters, self._lowered_masters)
+        self.publish_masters()
         return torch.where(weight == 0, 0.0, norm)
 
     def discard(self) -> None:

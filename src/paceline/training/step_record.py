@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,8 +15,10 @@ from paceline.errors import PacelineError
 from paceline.observe.metrics import Line
 from paceline.observe.spans import Spans
 from paceline.schema.rows import Row
+from paceline.training.ranks import Ranks
 
 Mark = float | torch.cuda.Event
+N = TypeVar("N", int, float)
 
 
 class DeviceClock:
@@ -79,16 +82,31 @@ class StepRecord:
     """What the stream told at the end of the step."""
 
     def count(self, row: Row) -> None:
-        """Take in the sizes of a row that was trained."""
+        """Take in the sizes of a row that this rank trains (the first part of it, where several train it)."""
         self.num_rows += 1
         self.num_tokens += row.num_tokens
         self.num_supervised += row.num_supervised
 
 
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """A step's figures on the host: of one rank, then of all."""
+
+    sizes: dict[str, int]
+    """Rows, tokens and supervised tokens; over ranks they add up."""
+    seconds: dict[str, float]
+    """Over ranks: the mean."""
+    stream: dict[str, float]
+    """Over ranks: the sum."""
+    losses: dict[str, list[float]]
+    """By draft: the total loss and every metric, end to end; over ranks they add up."""
+
+
 class StepLog:
     """Records of the steps since the last reading; `read` is the one place that waits for the device."""
 
-    def __init__(self, zero_weight_steps: dict[str, int]) -> None:
+    def __init__(self, zero_weight_steps: dict[str, int], ranks: Ranks) -> None:
+        self._ranks = ranks
         self.zero_weight_steps = dict(zero_weight_steps)
         """By draft: steps read so far that had no weight and changed nothing."""
         self._records: list[StepRecord] = []
@@ -104,7 +122,7 @@ class StepLog:
         self._records.append(record)
 
     def read(self) -> Iterator[Line]:
-        """One line of metrics for each step since the last call, ordered by step.
+        """One line of metrics for each step since the last call, ordered by step; of all ranks, on each of them.
 
         Raises:
             PacelineError: a loss or a gradient norm is not finite; names the step and the draft, after the lines of
@@ -113,20 +131,21 @@ class StepLog:
         records, self._records = self._records, []
         if not records:
             return
-        numbers = iter(_read_numbers(records))
+        shared, own = _read_numbers(records)
+        everyone = self._ranks.gather(own)
         interval_s = max(time.perf_counter() - self._interval_start, 1e-9)
-        tokens_per_s = sum(record.num_tokens for record in records) / interval_s
+        steps = [_of_all_ranks([reads[number] for reads in everyone]) for number in range(len(records))]
+        tokens_per_s = sum(step.sizes["tokens"] for step in steps) / interval_s
         self._interval_start = time.perf_counter()
-        for record in records:
-            yield self._line(record, numbers, tokens_per_s)
+        for record, read in zip(records, steps, strict=True):
+            yield self._line(record, read, shared, tokens_per_s)
 
-    def _line(self, record: StepRecord, numbers: Iterator[float], tokens_per_s: float) -> Line:
-        spans = Spans()
-        for name, start, end in record.marks:
-            spans.add(name, DeviceClock.seconds(start, end))
+    def _line(self, record: StepRecord, read: _Read, shared: Iterator[float], tokens_per_s: float) -> Line:
         drafts = {}
         for name, sums in record.sums.items():
-            total, weight, norm = next(numbers), next(numbers), next(numbers)
+            weight, norm = next(shared), next(shared)
+            total, *numbers = read.losses[name]
+            metrics = iter(numbers)
             loss = total / weight if weight else None
             _check_finite(record.step, name, total, norm)
             self.zero_weight_steps[name] = self.zero_weight_steps.get(name, 0) + (weight == 0)
@@ -137,32 +156,67 @@ class StepLog:
                 "grad_norm": norm,
                 "zero_weight_steps": self.zero_weight_steps[name],
                 "per_position": {
-                    metric: _ratios([next(numbers) for _ in range(vector.numel())])
+                    metric: _ratios([next(metrics) for _ in range(vector.numel())])
                     for metric, vector in sums.metrics.items()
                 },
             }
         return {
             "step": record.step,
-            "rows": record.num_rows,
-            "tokens": record.num_tokens,
-            "supervised_tokens": record.num_supervised,
+            **read.sizes,
             "tokens_per_s": tokens_per_s,
-            "seconds": record.seconds | spans.take(),
-            "stream": record.stream,
+            "seconds": read.seconds,
+            "stream": read.stream,
             "drafts": drafts,
         }
 
 
-def _read_numbers(records: list[StepRecord]) -> list[float]:
-    """All device numbers of all records in one copy: per draft total, weight, norm, then its metrics."""
-    vectors = [
+def _read_numbers(records: list[StepRecord]) -> tuple[Iterator[float], list[_Read]]:
+    """All device numbers of all records in one copy: per draft weight and norm, the same on all ranks; this rank's."""
+    shared = [
+        vector
+        for record in records
+        for name in record.sums
+        for vector in (record.sums[name].weight, record.grad_norms[name])
+    ]
+    own = [
         vector.reshape(-1).float()
         for record in records
-        for name, sums in record.sums.items()
-        for vector in (sums.total, sums.weight, record.grad_norms[name], *sums.metrics.values())
+        for sums in record.sums.values()
+        for vector in (sums.total, *sums.metrics.values())
     ]
-    numbers: list[float] = torch.cat(vectors).tolist()
-    return numbers
+    numbers: list[float] = torch.cat([torch.stack(shared).float(), *own]).tolist()
+    rest = iter(numbers[len(shared) :])
+    return iter(numbers[: len(shared)]), [_read_record(record, rest) for record in records]
+
+
+def _read_record(record: StepRecord, numbers: Iterator[float]) -> _Read:
+    spans = Spans()
+    for name, start, end in record.marks:
+        spans.add(name, DeviceClock.seconds(start, end))
+    sizes = {"rows": record.num_rows, "tokens": record.num_tokens, "supervised_tokens": record.num_supervised}
+    losses = {
+        name: [next(numbers) for _ in range(1 + sum(vector.numel() for vector in sums.metrics.values()))]
+        for name, sums in record.sums.items()
+    }
+    return _Read(sizes, record.seconds | spans.take(), record.stream, losses)
+
+
+def _of_all_ranks(reads: list[_Read]) -> _Read:
+    if len(reads) == 1:
+        return reads[0]
+    seconds = _sum_by_name([read.seconds for read in reads])
+    losses = [read.losses for read in reads]
+    return _Read(
+        _sum_by_name([read.sizes for read in reads]),
+        {name: total / len(reads) for name, total in seconds.items()},
+        _sum_by_name([read.stream for read in reads]),
+        {name: [sum(column) for column in zip(*(loss[name] for loss in losses), strict=True)] for name in losses[0]},
+    )
+
+
+def _sum_by_name(tables: list[dict[str, N]]) -> dict[str, N]:
+    names = dict.fromkeys(name for table in tables for name in table)
+    return {name: sum(table[name] for table in tables if name in table) for name in names}
 
 
 def _ratios(sums_and_counts: list[float]) -> list[float | None]:

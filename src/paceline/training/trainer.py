@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import threading
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,17 +15,18 @@ import torch
 from torch import Tensor
 
 from paceline.config.training import TrainingConfig
-from paceline.drafts.interface import DraftAlgorithm
+from paceline.drafts.interface import DraftAlgorithm, LossTerms
 from paceline.errors import DataError, OutOfMemoryError, RunDirectoryError, StoppedError
 from paceline.observe.metrics import MetricsWriter
 from paceline.observe.spans import Spans
 from paceline.schema.features import FeatureRow
 from paceline.training.checkpoint import Best, CheckpointStore, TrainingState, tensor_name
 from paceline.training.interface import Evaluate, RowStream, StreamFigures
-from paceline.training.optimizer import MasterOptimizer
 from paceline.training.profiling import StepProfiler
+from paceline.training.ranks import Ranks
 from paceline.training.rng import RngState
 from paceline.training.schedule import num_planned_steps
+from paceline.training.sharded import share_drafts
 from paceline.training.step_record import DeviceClock, LossSums, StepLog, StepRecord
 
 logger = logging.getLogger(__name__)
@@ -68,23 +69,23 @@ class Trainer:
         num_rows: int,
         evaluate: Evaluate,
         outputs: Outputs,
-        stop: threading.Event,
+        ranks: Ranks,
         stream_figures: StreamFigures = dict,
     ) -> None:
         """Start at step 0; `run` continues from the newest checkpoint.
 
         Args:
-            num_rows: rows of the whole training, all epochs.
+            stream: this rank's share of the rows.
+            num_rows: rows of the whole training, all epochs and ranks.
             evaluate: called every `eval_every` steps and at the end.
-            stop: once set, `run` ends in order at the next row.
+            ranks: asked to stop, a single rank ends in order at its next row, several at the next step.
             stream_figures: what the stream holds, recorded with each step.
         """
         self.num_steps = num_planned_steps(num_rows, config.rows_per_step, config.max_steps)
         self.step = 0
         self.drafts = dict(drafts)
-        self.optimizers = {
-            name: MasterOptimizer(draft.draft, draft.config, self.num_steps) for name, draft in drafts.items()
-        }
+        self._ranks = ranks
+        self.shared, self.optimizers = share_drafts(self.drafts, ranks, config.sharding, self.num_steps)
         self._config = config
         self._stream = stream
         self._rows = iter(stream)
@@ -93,12 +94,11 @@ class Trainer:
         self._metrics = outputs.metrics
         self._checkpoints = outputs.checkpoints
         self._profiler = StepProfiler(config.profile, outputs.profile)
-        self._stop = stop
         self._stream_figures = stream_figures
         self._device = next(iter(drafts.values())).context.device
         self._clock = DeviceClock(self._device)
         self._spans = Spans()
-        self._log = StepLog({})
+        self._log = StepLog({}, ranks)
         self._rng = RngState.capture(self._device)
         self._best: dict[str, Best] = {}
         self._evaluated_step: int | None = None
@@ -122,59 +122,81 @@ class Trainer:
             while self.step < self.num_steps:
                 self._profiler.before_step(self.step)
                 with self._spans.timed("step"), _memory_explained():
-                    record = self.train_step(self._rows_of_step())
+                    record = self.train_step(self._rows_of_step(), self._num_micro_steps())
                 record.seconds, record.stream = self._spans.take(), self._stream_figures()
                 self._log.append(record)
                 self._profiler.after_step(self.step - 1)
                 self._work_due()
             self._checkpoints.wait()
         except StoppedError:
-            if not self._stop.is_set():
+            if not self._ranks.stopping:
                 raise
             self._end_early()
             return self._result("stopped")
         finally:
             self._profiler.close()
             # After a failure: what is being written may be what the next attempt starts from.
-            self._checkpoints.settle(0.0 if self._stop.is_set() else self._config.shutdown_grace_s)
+            self._checkpoints.settle(0.0 if self._ranks.stopping else self._config.shutdown_grace_s)
         return self._result("finished")
 
-    def train_step(self, rows: Iterable[FeatureRow]) -> StepRecord:
-        """One optimizer step of every draft on `rows`: sums over rows, one division (N11).
+    def train_step(self, rows: Iterable[FeatureRow | None], num_micro_steps: int = 1) -> StepRecord:
+        """One optimizer step of every draft on `rows`: sums over rows and ranks, one division (N11).
 
         Nothing in here waits for the device or copies from it; the record is read when it is logged.
+
+        Args:
+            rows: this rank's rows of the step, and None where it has none left but another rank has.
+            num_micro_steps: how many they are, the same on all ranks; told beforehand since several ranks add up their
+                gradients while the last backward runs.
         """
         record = StepRecord(self.step + 1, sums={name: LossSums(self._device) for name in self.drafts})
         mark = self._clock.mark
-        for row in rows:
-            for name, draft in self.drafts.items():
+        for micro_step, row in enumerate(rows, start=1):
+            for name in self.drafts:
                 start = mark()
-                terms = draft.loss(row)
+                terms = self._loss(name, row, last=micro_step == num_micro_steps)
                 middle = mark()
                 terms.total.backward()
                 self.optimizers[name].accumulate()
                 record.sums[name].add(terms)
                 record.marks += [("forward", start, middle), ("backward", middle, mark())]
-            record.count(row.row)
+            if row is not None and self._ranks.part == 0:
+                record.count(row.row)
         for name, optimizer in self.optimizers.items():
             start = mark()
+            self._ranks.sum(record.sums[name].weight)
             record.learning_rates[name] = optimizer.learning_rate(self.step)
             record.grad_norms[name] = optimizer.step(record.sums[name].weight, self.step)
             record.marks.append(("optimizer", start, mark()))
         self.step += 1
         return record
 
-    def _rows_of_step(self) -> Iterator[FeatureRow]:
-        """The rows this step trains, asked for one by one: each is valid until the next."""
+    def _loss(self, draft: str, row: FeatureRow | None, last: bool) -> LossTerms:
+        if draft in self.shared:
+            return self.shared[draft].loss(row, last)
+        return self.drafts[draft].nothing() if row is None else self.drafts[draft].loss(row)
+
+    def _positions_of_step(self) -> range:
+        """Of all ranks."""
         first = self.step * self._config.rows_per_step
-        for position in range(first, min(first + self._config.rows_per_step, self._num_rows)):
-            self._check_stop()
+        return range(first, min(first + self._config.rows_per_step, self._num_rows))
+
+    def _num_micro_steps(self) -> int:
+        return math.ceil(len(self._positions_of_step()) / self._ranks.num_data_ranks)
+
+    def _rows_of_step(self) -> Iterator[FeatureRow | None]:
+        """The rows of this step that are this rank's, asked for one by one: each is valid until the next."""
+        positions = self._positions_of_step()[self._ranks.data_rank :: self._ranks.num_data_ranks]
+        for position in positions:
+            if self._ranks.num_ranks == 1:
+                self._check_stop()
             with self._spans.timed("data_wait"):
                 row = next(self._rows, None)
             if row is None:
                 raise DataError(f"the stream ended before position {position}; {self._num_rows} rows were planned")
             assert row.row.position == position, f"the stream gave row {row.row.position} where {position} is due"
             yield row
+        yield from [None] * (self._num_micro_steps() - len(positions))
 
     def _work_due(self) -> None:
         """What is due between two steps and not done yet: logging, evaluation, a checkpoint."""
@@ -196,7 +218,8 @@ class Trainer:
         return every > 0 and self.step > 0 and self.step % every == 0
 
     def _check_stop(self) -> None:
-        if self._stop.is_set():
+        """Raise StoppedError if this rank, or between two steps any rank, was asked to end."""
+        if self._ranks.agree_to_stop():
             raise StoppedError(f"stopped by request after step {self.step}")
 
     def _write_metrics(self, durable: bool = False) -> None:
@@ -212,7 +235,9 @@ class Trainer:
         self._write_metrics()
         for draft in self.drafts.values():
             draft.draft.eval()
-        with torch.no_grad(), _memory_explained():
+        with torch.no_grad(), _memory_explained(), contextlib.ExitStack() as stack:
+            for shared in self.shared.values():
+                stack.enter_context(shared.gathered())
             figures = self._evaluate_drafts(self.step)
         for draft in self.drafts.values():
             draft.draft.train()
@@ -244,7 +269,7 @@ class Trainer:
             evaluated_step=self._evaluated_step,
             best=dict(self._best),
             zero_weight_steps=dict(self._log.zero_weight_steps),
-            rng=self._rng.to_json(),
+            rng=self._ranks.gather(self._rng.to_json()),
         )
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -257,7 +282,7 @@ class Trainer:
     def _resume(self) -> None:
         """Take up the newest checkpoint, if there is one."""
         self._checkpoints.remove_leftovers()
-        path = self._checkpoints.latest()
+        path = self._ranks.gather(self._checkpoints.latest())[0]
         if path is None:
             return
         state = self._checkpoints.load(path, self._tensors())
@@ -274,8 +299,8 @@ class Trainer:
         self.step = self._saved_step = state.step
         self._best = dict(state.best)
         self._evaluated_step = state.evaluated_step
-        self._log = StepLog(state.zero_weight_steps)
-        RngState.from_json(state.rng).restore(self._device)
+        self._log = StepLog(state.zero_weight_steps, self._ranks)
+        RngState.from_json(state.rng[min(self._ranks.rank, len(state.rng) - 1)]).restore(self._device)
         logger.info("resumed from %s as attempt %d", path, self._metrics.attempt)
 
     def _end_early(self) -> None:
@@ -287,7 +312,9 @@ class Trainer:
         self._write_metrics(durable=True)
         written = self._checkpoints.wait(max(0.0, deadline - time.monotonic()))
         if written and self.step > 0 and self._saved_step != self.step:
-            expected_s, left_s = self._checkpoints.expected_s(self._tensors()), deadline - time.monotonic()
+            expected_s, left_s = self._ranks.gather(
+                (self._checkpoints.expected_s(self._tensors()), deadline - time.monotonic())
+            )[0]
             if expected_s > left_s:
                 logger.warning(
                     "stopped after step %d without a checkpoint of it: writing takes about %.1f s, %.1f s are left "
@@ -306,7 +333,7 @@ class Trainer:
         return TrainingResult(status, self.step, self._checkpoints.latest(), dict(self._best))
 
 
-@contextmanager
+@contextlib.contextmanager
 def _memory_explained() -> Iterator[None]:
     """Turn exhausted memory into an error that names the settings to lower."""
     try:

@@ -60,7 +60,7 @@ class DFlash(DraftAlgorithm):
         anchors = draw_anchors(row.row, self.config.anchor_every, self.context.seed)
         plan = plan_blocks(row.row, anchors, self.config.block_size)
         if not len(plan.counted):
-            return self._nothing_counted()
+            return self.nothing()
         device = self.context.device
         labels, counted = upload(plan.labels, device), upload(plan.counted, device)
         weights = self._slot_weights[counted % self.config.block_size]
@@ -77,6 +77,14 @@ class DFlash(DraftAlgorithm):
             "loss": self._per_position(head.cross_entropy, plan, counted),
         }
         return LossTerms(head.total, weights.sum(), metrics)
+
+    def nothing(self) -> LossTerms:
+        device = self.context.device
+        parts = [parameter.flatten()[:0].float().sum() for parameter in self.draft.parameters()]
+        empty = torch.zeros(2, self.num_drafted, device=device)
+        return LossTerms(
+            torch.stack(parts).sum(), torch.zeros((), device=device), {"accuracy": empty, "loss": empty.clone()}
+        )
 
     @torch.no_grad()
     def propose(self, row: FeatureRow, starts: Tensor) -> Tensor:
@@ -123,15 +131,6 @@ class DFlash(DraftAlgorithm):
         table[counted] = values
         counts = upload(np.bincount(plan.counted % size, minlength=size), values.device)
         return torch.stack([table.view(-1, size).sum(0), counts.float()])[:, 1:]
-
-    def _nothing_counted(self) -> LossTerms:
-        """Total and weight 0, with zero gradients for every weight."""
-        device = self.context.device
-        parts = [parameter.flatten()[:0].float().sum() for parameter in self.draft.parameters()]
-        empty = torch.zeros(2, self.num_drafted, device=device)
-        return LossTerms(
-            torch.stack(parts).sum(), torch.zeros((), device=device), {"accuracy": empty, "loss": empty.clone()}
-        )
 
 
 def _own(config: DraftConfig) -> DFlashConfig:

@@ -81,8 +81,7 @@ class Eagle3(DraftAlgorithm):
         said = taught[plan.pairs.teacher]
         weight = self._decay[plan.depth] * (said >= 0)
         if not plan.num_slots:
-            nothing = self.draft.fc.weight.sum() * 0.0
-            return LossTerms(nothing.float(), torch.zeros((), device=self.context.device), {})
+            return self.nothing()
         head = soft_cross_entropy(
             self._unroll_taught(row, plan),
             self.draft.lm_head.weight,
@@ -93,6 +92,12 @@ class Eagle3(DraftAlgorithm):
             self.context.compile,
         )
         return LossTerms(head.total, (taught >= 0).sum().float(), self._depth_metrics(head, plan, said))
+
+    def nothing(self) -> LossTerms:
+        total = self.draft.fc.weight.sum() * 0.0
+        empty = torch.zeros(2, self.config.num_depths, device=self.context.device)
+        metrics = {"accuracy": empty, "loss": empty.clone()}
+        return LossTerms(total.float(), torch.zeros((), device=self.context.device), metrics)
 
     def propose(self, row: FeatureRow, starts: Tensor) -> Tensor:
         """Chains of argmax tokens, each slot reading its own proposals."""

@@ -1,0 +1,97 @@
+"""One run on several trainer ranks: the losses of one rank, exact resume, also on another number of ranks."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from forking import Commands
+from paceline.config.run import RunConfig
+from ranks import run_ranks
+from whole_run import lines, losses, run, run_config, same_weights, weights
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+SETTINGS = {"training__rows_per_step": 5, "training__eval_every": 4, "training__max_eval_rows": 4}
+
+MakeConfig = Callable[..., RunConfig]
+
+
+@pytest.fixture
+def make_config(tmp_path: Path, tiny_target: Path, data: Path) -> MakeConfig:
+    def make(name: str, **changes: Any) -> RunConfig:
+        return run_config(tmp_path / name, tiny_target, data, **{**SETTINGS, **changes})
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, tiny_target: Path, data: Path) -> RunConfig:
+    """Both drafts on one rank."""
+    torch.set_num_threads(1)
+    config = run_config(tmp_path_factory.mktemp("alone") / "run", tiny_target, data, **SETTINGS)
+    assert run(config).status == "finished"
+    assert len(losses(config)) >= 4
+    return config
+
+
+def assert_close_runs(one: RunConfig, other: RunConfig) -> None:
+    """Losses within 1e-6, the same rows in every step, the same acceptance, weights that the order of sums explains."""
+    for ours, theirs in zip(lines(one), lines(other), strict=True):
+        for size in ("step", "rows", "tokens", "supervised_tokens"):
+            assert ours[size] == theirs[size]
+        for name, figures in ours["drafts"].items():
+            assert figures["loss"] == pytest.approx(theirs["drafts"][name]["loss"], rel=1e-6)
+            assert figures["weight"] == pytest.approx(theirs["drafts"][name]["weight"], rel=1e-6)
+    for ours, theirs in zip(lines(one, "eval"), lines(other, "eval"), strict=True):
+        for name, figures in ours["drafts"].items():
+            assert figures["acceptance_length"] == theirs["drafts"][name]["acceptance_length"]
+            assert figures["loss"] == pytest.approx(theirs["drafts"][name]["loss"], rel=1e-5)
+    ours_w, theirs_w = weights(one), weights(other)
+    assert ours_w.keys() == theirs_w.keys()
+    for name, weight in ours_w.items():
+        torch.testing.assert_close(weight, theirs_w[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "sharding"),
+    [
+        (2, "full"),
+        (3, "none"),
+        pytest.param(2, "none", marks=pytest.mark.long),
+        pytest.param(4, "none", marks=pytest.mark.long),
+        pytest.param(4, "full", marks=pytest.mark.long),
+    ],
+)
+def test_losses_do_not_depend_on_the_number_of_ranks(
+    commands: Commands, alone: RunConfig, make_config: MakeConfig, num_ranks: int, sharding: str
+) -> None:
+    config = make_config("run", training__sharding=sharding)
+    run_ranks(commands, config, num_ranks)
+    assert_close_runs(config, alone)
+
+
+@pytest.mark.parametrize(("num_ranks", "sharding"), [(3, "none"), pytest.param(3, "full", marks=pytest.mark.long)])
+def test_ranks_stopped_in_the_middle_go_on_bit_by_bit(
+    commands: Commands, make_config: MakeConfig, num_ranks: int, sharding: str
+) -> None:
+    whole, halves = (make_config(name, training__sharding=sharding) for name in ("whole", "halves"))
+    run_ranks(commands, whole, num_ranks)
+    run_ranks(commands, halves, num_ranks, stop_after_looks=3)
+    done = len(losses(halves))
+    assert 0 < done < len(losses(whole))
+    run_ranks(commands, halves, num_ranks)
+    assert losses(halves) == losses(whole)
+    assert same_weights(halves, whole)
+
+
+@pytest.mark.parametrize(("before", "after"), [((2, "full"), (1, "none")), ((1, "none"), (3, "full"))])
+def test_a_run_goes_on_with_another_number_of_ranks(
+    commands: Commands, alone: RunConfig, make_config: MakeConfig, before: tuple[int, str], after: tuple[int, str]
+) -> None:
+    config = make_config("run", training__sharding=before[1])
+    run_ranks(commands, config, before[0], stop_after_looks=3 if before[0] > 1 else 12)
+    assert 0 < len(losses(config)) < len(losses(alone))
+    run_ranks(commands, make_config("run", training__sharding=after[1]), after[0])
+    assert_close_runs(config, alone)
