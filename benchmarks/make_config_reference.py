@@ -22,7 +22,7 @@ from pydantic_core import PydanticUndefined
 
 from paceline.config.data import DataConfig, RegenerationConfig
 from paceline.config.drafts import DFlashConfig, DraftConfig, Eagle3Config
-from paceline.config.placement import PlacementConfig, PoolConfig, TransportConfig
+from paceline.config.placement import PlacementConfig, PoolConfig, RayConfig, TransportConfig
 from paceline.config.recording import RecordingConfig
 from paceline.config.run import RunConfig
 from paceline.config.target import TargetConfig
@@ -57,6 +57,7 @@ SECTIONS: tuple[tuple[str, type[BaseModel], str], ...] = (
     ("training", TrainingConfig, ""),
     ("training.profile", ProfileConfig, "left out unless you want a profile"),
     ("placement", PlacementConfig, ""),
+    ("placement.ray", RayConfig, ""),
     ("transport", TransportConfig, ""),
     ("pool", PoolConfig, ""),
     ("recording", RecordingConfig, ""),
@@ -151,6 +152,8 @@ def _default_of(field: FieldInfo) -> str:
     assert value is not PydanticUndefined
     if value is None:
         return "not set"
+    if isinstance(value, BaseModel):
+        return "its defaults"
     if isinstance(value, float):
         return f"`{value:g}`"
     return f"`{json.dumps(value)}`"

@@ -8,7 +8,7 @@ from paceline.config.base import Config
 
 
 class RayConfig(Config):
-    """`[placement.ray]`: for launcher = "ray"."""
+    """For launcher = "ray": a cluster that runs, or one for this run alone."""
 
     address: str | None = None
     """Of a running cluster: "auto", "HOST:PORT" or "ray://HOST:PORT"; None starts one on this host for the run."""
@@ -38,6 +38,7 @@ class PlacementConfig(Config):
     trainer_devices: tuple[str, ...] = ()
     """The device of each trainer rank, e.g. ["cuda:2", "cuda:3"]; empty gives each a GPU that no server has."""
     ray: RayConfig = RayConfig()
+    """For "ray": which cluster."""
     urls: tuple[str, ...] = ()
     """For "urls": http://HOST:PORT of each server; more may join by `servers.json` in the run directory."""
     num_servers: int = Field(1, ge=1)
