@@ -48,11 +48,20 @@ def _fork(config: RunConfig, place: Rendezvous, looks: int) -> int:
         from whole_run import QuietSignals, StopsAfter
 
         stop: threading.Event | None = StopsAfter(looks) if looks else None
-        train_rank(config, QuietSignals(stop), Console(file=StringIO()), place)
+        train_rank(_on_own_device(config, place.rank), QuietSignals(stop), Console(file=StringIO()), place)
         code = 0
     except BaseException:
         print(f"rank {place.rank}: {traceback.format_exc()}", flush=True)
     os._exit(code)
+
+
+def _on_own_device(config: RunConfig, rank: int) -> RunConfig:
+    """On GPUs each rank has one of its own, for its target too."""
+    if config.training.device != "cuda":
+        return config
+    here = {"device": f"cuda:{rank}"}
+    training, target = config.training.model_copy(update=here), config.target.model_copy(update=here)
+    return config.model_copy(update={"training": training, "target": target})
 
 
 def _wait(children: list[int]) -> list[int]:
