@@ -167,7 +167,7 @@ def _start_worker(run: _Supervised, planned: PlannedProcess, words: Sequence[str
         arguments += ["--token-file", str(run.token_file)]
     failure_file = None
     if verb == "trainer":
-        failure_file = run.private / f"{name}.failure.json"
+        failure_file = run.private / f"{name}.failure"
         arguments += ["--failure-file", str(failure_file)]
     if num_ranks > 1:
         meeting_place = f"file://{run.private / 'rendezvous'}"
