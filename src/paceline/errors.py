@@ -1,11 +1,18 @@
 """Every error paceline raises on purpose; each class says whether trying again can help."""
 
+import sys
+
 
 class PacelineError(Exception):
     """Base of all errors with a message meant for the user: what is wrong, both values, the remedy."""
 
     retryable = False
     """Whether the same call can succeed later without anybody changing anything."""
+
+
+def print_error(error: PacelineError) -> None:
+    """On stderr, as a command's last words: its notes (which row, which server), then its message."""
+    print(*getattr(error, "__notes__", ()), f"error: {error}", sep="\n", file=sys.stderr)  # noqa: T201
 
 
 class ConfigError(PacelineError):
@@ -36,6 +43,10 @@ class HandshakeError(PacelineError):
 
 class DraftError(PacelineError):
     """A draft that does not fit its target, its vocabulary or its weights."""
+
+
+class TrainerFailedError(PacelineError):
+    """A trainer rank that ended, and the run with it: names the rank that was first, with its own message."""
 
 
 class RunDirectoryError(PacelineError):

@@ -51,8 +51,8 @@ def children_of(pid: int) -> dict[str, int]:
         except OSError:
             continue
         if parent == pid and "paceline.cli" in words:
-            log = next((Path(word).stem for word in words if word.endswith(".json")), "trainer-0")
-            found[log] = int(entry.name)
+            name = next(Path(word).stem for word in words if word.endswith(".toml"))  # each has its own configuration
+            found[name] = int(entry.name)
     return found
 
 

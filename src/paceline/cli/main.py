@@ -12,7 +12,7 @@ import typer
 
 from paceline.cli.record import record, recorder
 from paceline.cli.serve import serve
-from paceline.errors import PacelineError
+from paceline.errors import PacelineError, print_error
 from paceline.launch.signals import StopSignals, catch_stop_signals
 from paceline.version import VERSION
 
@@ -49,7 +49,7 @@ def main() -> None:
     try:
         app(obj=signals)
     except PacelineError as error:
-        print(*getattr(error, "__notes__", ()), f"error: {error}", sep="\n", file=sys.stderr)  # noqa: T201
+        print_error(error)
         sys.exit(1)
     except SystemExit as done:
         if signals.signum is None:
@@ -142,31 +142,58 @@ def train(
     if plan_only:
         _print_plan(resolved)
         return
-    console, signals = _console(), _signals(context)
-    if resolved.placement.target == "servers":
-        from paceline.launch.local import train_with_servers
+    if resolved.placement.launcher == "external":
+        _train_external(resolved, _signals(context))
+        return
+    from paceline.launch.external import check_started_once
+    from paceline.launch.local import config_of_only_trainer, needs_supervisor, train_supervised
 
-        raise typer.Exit(train_with_servers(resolved, signals, console))
+    check_started_once(os.environ)
+    console, signals = _console(), _signals(context)
+    if needs_supervisor(resolved):
+        raise typer.Exit(train_supervised(resolved, signals, console))
     from paceline.launch.train import train as run_training
 
-    _print_result(run_training(resolved, signals, console), console)
+    _print_result(run_training(config_of_only_trainer(resolved), signals, console), console)
+
+
+def _train_external(config: RunConfig, signals: StopSignals) -> None:
+    """As one rank of those that torchrun or Slurm has started."""
+    from paceline.launch.external import detect_external, train_external
+    from paceline.launch.failures import failures_reported
+    from paceline.launch.plan import count_gpus
+
+    with failures_reported(None):
+        external, console = detect_external(os.environ), _console()
+        result = train_external(config, signals, console, external, count_gpus())
+        if external.rendezvous.rank == 0:
+            _print_result(result, console)
 
 
 @app.command(hidden=True)
 def trainer(
     context: typer.Context,
     config: ConfigFile,
-    token_file: Annotated[Path, typer.Option()],
     parent_pipe: Annotated[int, typer.Option()],
+    token_file: Annotated[Path | None, typer.Option()] = None,
+    failure_file: Annotated[Path | None, typer.Option()] = None,
+    rank: Annotated[int, typer.Option()] = 0,
+    num_ranks: Annotated[int, typer.Option()] = 1,
+    rendezvous: Annotated[str | None, typer.Option()] = None,
 ) -> None:
-    """The trainer of a run whose servers the parent process has started."""
+    """A trainer rank of a run whose directory the parent process holds, and whose servers it has started."""
     from paceline.config.loading import load_config
     from paceline.launch.children import end_with_parent
-    from paceline.launch.train import train_as_child
+    from paceline.launch.failures import failures_reported
+    from paceline.launch.rendezvous import ALONE, Rendezvous
 
     end_with_parent(parent_pipe)
-    console = _console()
-    _print_result(train_as_child(load_config(config), _signals(context), console, token_file), console)
+    with failures_reported(failure_file):
+        from paceline.launch.train import train_as_child
+
+        console = _console()
+        place = Rendezvous(rank, num_ranks, rendezvous) if rendezvous else ALONE
+        _print_result(train_as_child(load_config(config), _signals(context), console, token_file, place), console)
 
 
 @app.command()

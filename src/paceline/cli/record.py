@@ -33,12 +33,16 @@ def record(
 
     resolved, console, signals = check_recordable(load_config(config, overrides or ())), Console(), _signals(context)
     if resolved.placement.target == "servers":
-        from paceline.launch.local import run_with_servers
+        from paceline.launch.local import run_supervised
 
-        # the recorder computes nothing: every GPU may be a server's
+        # one recorder, whatever trains later; it computes nothing: every GPU may be a server's
         training = resolved.training.model_copy(update={"device": "cpu"})
+        placement = resolved.placement.model_copy(
+            update={"launcher": "local", "num_trainers": 1, "trainer_devices": ()}
+        )
         words = ["recorder", *(["--output", str(output)] if output else []), *(["--check"] if check else [])]
-        raise typer.Exit(run_with_servers(resolved.model_copy(update={"training": training}), signals, console, words))
+        alone = resolved.model_copy(update={"training": training, "placement": placement})
+        raise typer.Exit(run_supervised(alone, signals, console, words))
     result = run_recording(resolved, RecordOptions(output, check), signals, console)
     console.print(result.text(), highlight=False)
 

@@ -72,6 +72,11 @@ class Child:
         if self.poll() is None:
             self._process.terminate()
 
+    def kill(self) -> None:
+        """SIGKILL, if it still runs."""
+        if self.poll() is None:
+            self._process.kill()
+
     def end(self, deadline: float) -> int:
         """Wait until it has ended, by SIGKILL at `deadline` (of time.monotonic()); the exit code."""
         try:
@@ -84,21 +89,24 @@ class Child:
 
     def last_lines(self, num: int = 20) -> str:
         """The last lines of its log, for the message that it died."""
-        if self.log is None:
-            return ""
-        try:
-            with self.log.open("rb") as file:
-                file.seek(0, os.SEEK_END)
-                file.seek(max(0, file.tell() - _TAIL_BYTES))
-                lines = deque(file.read().decode(errors="replace").splitlines(), num)
-        except OSError as error:
-            return f"(its log cannot be read: {error.strerror})"
-        return "\n".join(f"  | {line}" for line in lines)
+        return "" if self.log is None else last_lines(self.log, num)
 
     def _close_pipe(self) -> None:
         if self._writing >= 0:
             os.close(self._writing)
             self._writing = -1
+
+
+def last_lines(log: Path, num: int = 20) -> str:
+    """The last lines of a log file, set off from the message they stand in."""
+    try:
+        with log.open("rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - _TAIL_BYTES))
+            lines = deque(file.read().decode(errors="replace").splitlines(), num)
+    except OSError as error:
+        return f"  (it cannot be read: {error.strerror})"
+    return "\n".join(f"  | {line}" for line in lines)
 
 
 def describe_exit(code: int) -> str:

@@ -1,4 +1,4 @@
-"""`placement.target = "servers"`: servers and trainer as children of one process that computes nothing itself.
+"""Trainer ranks, and servers of the run's own, as children of one process that computes nothing itself.
 
 The supervisor starts them, keeps servers.json true, starts anew what died, and ends everything on any end.
 """
@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from rich.console import Console
 
 from paceline.client.server_list import write_servers
@@ -25,9 +26,13 @@ from paceline.config.run import RunConfig
 from paceline.config.run_dir import RunDir
 from paceline.errors import TargetError
 from paceline.launch.children import Child, describe_exit
-from paceline.launch.plan import PlannedProcess, count_gpus, plan_processes
+from paceline.launch.plan import PlannedProcess, config_on, count_gpus, plan_processes
 from paceline.launch.run import lock_run, open_run
+from paceline.launch.workers import Worker, Workers
 from paceline.observe.logs import logging_for
+from paceline.transport.directories import remove_leftovers
+from paceline.transport.file import SHARED_MEMORY
+from paceline.transport.negotiation import host_facts
 
 if TYPE_CHECKING:
     from paceline.launch.signals import StopSignals
@@ -35,6 +40,8 @@ if TYPE_CHECKING:
 _LOOK_EVERY_S = 0.1
 _SERVER_END_S = 6.0
 """Seconds servers get to end in order; they hold nothing that could be lost."""
+_HURRIED_END_S = 1.0
+"""The same, when the time for an orderly end is over."""
 _FIRST_BACKOFF_S = 0.5
 _LONGEST_BACKOFF_S = 30.0
 logger = logging.getLogger(__name__)
@@ -64,47 +71,62 @@ class _Supervised:
     config: RunConfig
     paths: RunDir
     private: Path
-    """0700: the token and the configuration handed to children; gone at the end."""
+    """0700: the token, configurations and failures of children; gone at the end."""
     token_file: Path
-    words: Sequence[str]
-    """The verb of the process that uses the servers, and options of its own."""
+    workers: Workers
     servers: list[_Server] = field(default_factory=list)
-    trainer: Child | None = None
 
 
-def train_with_servers(config: RunConfig, signals: StopSignals, console: Console) -> int:
-    """Run a training with servers of its own; the trainer's exit code.
+def needs_supervisor(config: RunConfig) -> bool:
+    """Whether a training on this host has more than one process."""
+    return config.placement.target == "servers" or config.placement.num_trainers > 1
+
+
+def config_of_only_trainer(config: RunConfig) -> RunConfig:
+    """`config` for a trainer without a supervisor: on its device of `placement.trainer_devices`, if that names one."""
+    devices = config.placement.trainer_devices
+    return config_on(config, devices[0]) if devices else config
+
+
+def train_supervised(config: RunConfig, signals: StopSignals, console: Console) -> int:
+    """Run a training of several processes; its exit code.
 
     Raises:
-        PacelineError: as `run_with_servers`.
+        PacelineError: as `run_supervised`.
     """
-    return run_with_servers(config, signals, console, ["trainer"])
+    return run_supervised(config, signals, console, ["trainer"])
 
 
-def run_with_servers(config: RunConfig, signals: StopSignals, console: Console, words: Sequence[str]) -> int:
-    """Run a process that uses servers of its own; its exit code.
+def run_supervised(config: RunConfig, signals: StopSignals, console: Console, words: Sequence[str]) -> int:
+    """Run the processes that do the work, and the servers they use if the placement has some; the exit code.
 
     Args:
-        words: its verb ("trainer", "recorder"), and options that this verb has besides the configuration.
+        words: the verb of the former ("trainer", one for each rank, or "recorder"), and options that this verb has
+            besides the configuration.
 
     Raises:
         TargetError: a server never became ready, or the last one died too often; shows its last log lines.
+        TrainerFailedError: a trainer rank failed; shows its own message.
         PacelineError: the run directory or the devices cannot be used.
     """
-    paths = RunDir(Path(config.run_dir))
-    signals.grace_s = config.training.shutdown_grace_s + _SERVER_END_S + 1.0
+    paths, training = RunDir(Path(config.run_dir)), config.training
+    signals.grace_s = training.shutdown_grace_s + _SERVER_END_S + 1.5
     processes = plan_processes(config, count_gpus())
     with contextlib.ExitStack() as stack:
         stack.enter_context(lock_run(paths))
         open_run(config)
         stack.enter_context(logging_for("supervisor", 0, paths.log("supervisor", 0), console))
         private = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="paceline-")))
-        run = _Supervised(config, paths, private, _write_token(private), words)
-        write_servers(paths.servers, [])
-        stack.callback(write_servers, paths.servers, [])
+        workers = Workers(training.shutdown_grace_s + 0.5, training.dist_timeout_s)
+        run = _Supervised(config, paths, private, _write_token(private), workers)
+        if config.placement.target == "servers":
+            write_servers(paths.servers, [])
+            stack.callback(write_servers, paths.servers, [])
+        stack.callback(_remove_leftovers, config)
         try:
-            _start_all(run, processes)
-            return _supervise(run, signals)
+            _start_all(run, processes, words)
+            _supervise(run, signals)
+            return workers.result()
         finally:
             _end_all(run)
 
@@ -116,27 +138,42 @@ def _write_token(private: Path) -> Path:
     return path
 
 
-def _start_all(run: _Supervised, processes: list[PlannedProcess]) -> None:
+def _start_all(run: _Supervised, processes: list[PlannedProcess], words: Sequence[str]) -> None:
     for planned in processes:
-        if planned.role == "server":
+        if planned.role == "server" and run.config.placement.target == "servers":
             ready_file = run.private / f"{planned.name}.json"
             child = _start_server(run, planned, ready_file)
             run.servers.append(_Server(planned, ready_file, child, time.monotonic()))
-    (trainer,) = (planned for planned in processes if planned.role == "trainer")
-    config_file = run.private / "config.toml"
-    training = run.config.training.model_copy(update={"device": trainer.devices[0]})
-    config_file.write_text(dump_config(run.config.model_copy(update={"training": training})), encoding="utf-8")
-    # It prepares the data while the servers load, and writes on this terminal.
-    verb, *options = run.words
-    run.trainer = Child(f"{verb}-0", [verb, str(config_file), "--token-file", str(run.token_file), *options])
-    logger.info(
-        "started %d servers on %s and a %s on %s; logs in %s",
-        len(run.servers),
-        ", ".join("+".join(server.planned.devices) for server in run.servers),
-        verb,
-        trainer.devices[0],
-        run.paths.logs,
-    )
+    # They prepare the data while the servers load.
+    trainers = [planned for planned in processes if planned.role == "trainer"]
+    for planned in trainers:
+        run.workers.add(_start_worker(run, planned, words, len(trainers)))
+    started = [f"{word} on {_devices(of)}" for word, of in (("servers", run.servers), (f"{words[0]}s", trainers)) if of]
+    logger.info("started %s; logs in %s", " and ".join(started), run.paths.logs)
+
+
+def _devices(processes: Sequence[_Server] | Sequence[PlannedProcess]) -> str:
+    planned = (one.planned if isinstance(one, _Server) else one for one in processes)
+    return ", ".join("+".join(one.devices) for one in planned)
+
+
+def _start_worker(run: _Supervised, planned: PlannedProcess, words: Sequence[str], num_ranks: int) -> Worker:
+    verb, *options = words
+    name, log = f"{verb}-{planned.rank}", run.paths.log(verb, planned.rank)
+    config_file = run.private / f"{name}.toml"
+    config_file.write_text(dump_config(config_on(run.config, planned.devices[0])), encoding="utf-8")
+    arguments = [verb, str(config_file), *options]
+    if run.config.placement.target == "servers":
+        arguments += ["--token-file", str(run.token_file)]
+    failure_file = None
+    if verb == "trainer":
+        failure_file = run.private / f"{name}.failure"
+        arguments += ["--failure-file", str(failure_file)]
+    if num_ranks > 1:
+        meeting_place = f"file://{run.private / 'rendezvous'}"
+        arguments += ["--rank", str(planned.rank), "--num-ranks", str(num_ranks), "--rendezvous", meeting_place]
+    # The first writes on this terminal, and its log file itself.
+    return Worker(Child(name, arguments, log if planned.rank else None), log, failure_file)
 
 
 def _start_server(run: _Supervised, planned: PlannedProcess, ready_file: Path) -> Child:
@@ -153,28 +190,22 @@ def _start_server(run: _Supervised, planned: PlannedProcess, ready_file: Path) -
     return Child(planned.name, arguments, run.paths.log(planned.role, planned.rank))
 
 
-def _supervise(run: _Supervised, signals: StopSignals) -> int:
-    """Until the trainer has ended; its exit code."""
-    assert run.trainer is not None
-    asked = False
-    while (code := run.trainer.poll()) is None:
-        if signals.stop.is_set() and not asked:
-            asked = True
-            run.trainer.ask_to_end()
-        changed = [_look_after(run, server, stopping=asked) for server in run.servers]
+def _supervise(run: _Supervised, signals: StopSignals) -> None:
+    """Until all that do the work have ended."""
+    while not run.workers.look():
+        stopping = signals.stop.is_set()
+        if stopping:
+            run.workers.ask_to_end()
+        changed = [_look_after(run, server, stopping) for server in run.servers]
         if any(changed):
             write_servers(run.paths.servers, [server.url for server in run.servers if server.url])
-        if all(server.given_up for server in run.servers):
+        if run.servers and all(server.given_up for server in run.servers):
             last = run.servers[-1]
             raise TargetError(
                 f"all servers died more than placement.max_restarts = {run.config.placement.max_restarts} times; the "
                 f"last lines of {last.child.log}:\n{last.child.last_lines()}"
             )
-        signals.stop.wait(_LOOK_EVERY_S) if not asked else time.sleep(_LOOK_EVERY_S)
-    if code < 0:
-        logger.error("the trainer was %s", describe_exit(code))
-        return 128 - code
-    return code
+        signals.stop.wait(_LOOK_EVERY_S) if not stopping else time.sleep(_LOOK_EVERY_S)
 
 
 def _look_after(run: _Supervised, server: _Server, stopping: bool) -> bool:
@@ -235,12 +266,16 @@ def _on_death(run: _Supervised, server: _Server, code: int) -> bool:
 
 
 def _end_all(run: _Supervised) -> None:
-    """The trainer first: it saves; then the servers."""
-    if run.trainer is not None:
-        run.trainer.ask_to_end()
-        run.trainer.end(time.monotonic() + run.config.training.shutdown_grace_s + 1.0)
+    """Trainers first: they save; then the servers."""
+    run.workers.end_all()
     for server in run.servers:
         server.child.ask_to_end()
-    deadline = time.monotonic() + _SERVER_END_S
+    deadline = time.monotonic() + (_HURRIED_END_S if run.workers.num_killed else _SERVER_END_S)
     for server in run.servers:
         server.child.end(deadline)
+
+
+def _remove_leftovers(config: RunConfig) -> None:
+    """What a killed process could not remove itself; the next start would, but it may be long in coming."""
+    base = Path(config.transport.directory) if config.transport.directory is not None else SHARED_MEMORY
+    remove_leftovers(base, host_facts(torch.device("cpu")).host_id)

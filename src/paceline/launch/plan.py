@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from paceline.config.base import Config
 from paceline.config.run import RunConfig
 from paceline.config.run_dir import RunDir
 from paceline.errors import ConfigError
@@ -46,31 +47,76 @@ def plan_processes(config: RunConfig, num_gpus: int) -> list[PlannedProcess]:
     Raises:
         ConfigError: more GPUs are needed than there are; names both numbers.
     """
-    placement, degree = config.placement, config.target.tensor_parallel
-    if placement.target != "servers":
-        device = _auto(config.training.device, 0, num_gpus)
-        return [*_servers_elsewhere(config), _trainer(config, (device,))]
-    groups = [
+    if config.placement.launcher == "external":
+        return [*_servers_elsewhere(config), _trainer_of_others(config)]
+    groups = _server_groups(config, num_gpus) if config.placement.target == "servers" else []
+    servers = [_server(config, rank, group) for rank, group in enumerate(groups)]
+    used = {"cuda:0" if device == "cuda" else device for group in groups for device in group}
+    devices = _trainer_devices(config, num_gpus, used)
+    trainers = [_trainer(config, rank, group) for rank, group in enumerate(devices)]
+    return [*servers, *_servers_elsewhere(config), *trainers]
+
+
+def config_on(config: RunConfig, device: str) -> RunConfig:
+    """`config` for a trainer on `device`, and for the target beside it unless that has a device of its own."""
+    changed: dict[str, Config] = {"training": config.training.model_copy(update={"device": device})}
+    follows = config.target.device == "auto" or (config.target.device == "cuda" and device.startswith("cuda"))
+    if config.placement.target == "inline" and follows:
+        changed["target"] = config.target.model_copy(update={"device": device})
+    return config.model_copy(update=changed)
+
+
+def _server_groups(config: RunConfig, num_gpus: int) -> list[tuple[str, ...]]:
+    degree = config.target.tensor_parallel
+    return [
         _group(start, degree) if start != "auto" else ("auto",) * degree
-        for start in placement.server_devices or _default_devices(config, num_gpus)
+        for start in config.placement.server_devices or _default_devices(config, num_gpus)
     ]
-    used = {device for group in groups for device in group}
+
+
+def _trainer_devices(config: RunConfig, num_gpus: int, used: set[str]) -> list[tuple[str, ...]]:
+    """Of each rank: one device, or as many as its own target is spread over."""
+    num, wanted = config.placement.num_trainers, config.training.device
+    degree = config.target.tensor_parallel if config.placement.target == "inline" else 1
+    if config.placement.trainer_devices:
+        return [_group(start, degree) for start in config.placement.trainer_devices]
     free = [f"cuda:{index}" for index in range(num_gpus) if f"cuda:{index}" not in used]
-    trainer = config.training.device
-    if trainer == "auto":
-        trainer = free[0] if free else ("cuda:0" if num_gpus else "cpu")
-    servers = [
-        PlannedProcess(
-            "server",
-            rank,
-            group,
-            "http://127.0.0.1, a port the system chooses",
-            "this command",
-            f"target {config.target.model}" + (f", tensor parallel {degree}" if degree > 1 else ""),
+    if num == 1:
+        return [_group(_only_trainer(wanted, free, num_gpus), degree)]
+    _check_one_device_each(config)
+    if wanted == "cpu" or (wanted == "auto" and num_gpus == 0):
+        return [("cpu",) * degree] * num
+    if num * degree > len(free):
+        taken = num_gpus - len(free)
+        raise ConfigError(
+            f"{num} trainers need {num * degree} GPUs, {len(free)} are free: this host has {num_gpus}, servers take "
+            f"{taken}; lower placement.num_trainers or placement.num_servers, or name devices in "
+            "placement.trainer_devices"
         )
-        for rank, group in enumerate(groups)
-    ]
-    return [*servers, _trainer(config, (trainer,))]
+    return [tuple(free[rank * degree : (rank + 1) * degree]) for rank in range(num)]
+
+
+def _only_trainer(wanted: str, free: list[str], num_gpus: int) -> str:
+    """A single trainer may share a GPU with a server, if there is no other."""
+    if wanted != "auto":
+        return wanted
+    return free[0] if free else ("cuda:0" if num_gpus else "cpu")
+
+
+def _check_one_device_each(config: RunConfig) -> None:
+    """Raise ConfigError if a setting names one device for all of several ranks."""
+    num, target = config.placement.num_trainers, config.target
+    if config.training.device.startswith("cuda:"):
+        raise ConfigError(
+            f"training.device = {config.training.device!r} for {num} trainers: name one each in "
+            "placement.trainer_devices instead"
+        )
+    if config.placement.target == "inline" and (target.device.startswith("cuda:") or target.device_map is not None):
+        setting = "device_map" if target.device_map is not None else "device"
+        raise ConfigError(
+            f"target.{setting} = {getattr(target, setting)!r} for the {num} targets of {num} trainers: leave it out, "
+            "and each target is on its trainer's device"
+        )
 
 
 def _default_devices(config: RunConfig, num_gpus: int) -> tuple[str, ...]:
@@ -100,10 +146,10 @@ def _group(start: str, degree: int) -> tuple[str, ...]:
     return tuple(f"cuda:{first + offset}" for offset in range(degree))
 
 
-def _auto(device: str, index: int, num_gpus: int) -> str:
-    if device != "auto":
-        return device
-    return f"cuda:{index}" if num_gpus else "cpu"
+def _server(config: RunConfig, rank: int, group: tuple[str, ...]) -> PlannedProcess:
+    degree = config.target.tensor_parallel
+    work = f"target {config.target.model}" + (f", tensor parallel {degree}" if degree > 1 else "")
+    return PlannedProcess("server", rank, group, "http://127.0.0.1, a port the system chooses", "this command", work)
 
 
 def _servers_elsewhere(config: RunConfig) -> list[PlannedProcess]:
@@ -113,16 +159,25 @@ def _servers_elsewhere(config: RunConfig) -> list[PlannedProcess]:
     ]
 
 
-def _trainer(config: RunConfig, devices: tuple[str, ...]) -> PlannedProcess:
+def _trainer(config: RunConfig, rank: int, devices: tuple[str, ...]) -> PlannedProcess:
+    address = "nothing" if config.placement.num_trainers == 1 else "the other trainers, on this host"
+    return PlannedProcess("trainer", rank, devices, address, "this command", _work(config))
+
+
+def _trainer_of_others(config: RunConfig) -> PlannedProcess:
+    """One line for the ranks that torchrun or Slurm will start: how many is theirs to say."""
+    device = "cuda:LOCAL_RANK, or cpu" if config.training.device == "auto" else config.training.device
+    return PlannedProcess("trainer", 0, (device,), "MASTER_ADDR:MASTER_PORT", "torchrun or Slurm", _work(config))
+
+
+def _work(config: RunConfig) -> str:
     drafts = ", ".join(f"{name} ({draft.algorithm})" for name, draft in config.drafts.items())
     work = f"drafts {drafts}"
     if config.placement.target == "inline":
-        work += f"; target {config.target.model} on a thread of its own"
-    elif config.placement.target == "recorded":
-        work += f"; features from {config.data.recorded}"
-    else:
-        work += f"; servers named in {RunDir(Path(config.run_dir)).servers}"
-    return PlannedProcess("trainer", 0, devices, "nothing", "this command", work)
+        return f"{work}; target {config.target.model} on a thread of its own"
+    if config.placement.target == "recorded":
+        return f"{work}; features from {config.data.recorded}"
+    return f"{work}; servers named in {RunDir(Path(config.run_dir)).servers}"
 
 
 def describe_rows(config: RunConfig) -> list[str]:
