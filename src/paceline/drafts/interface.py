@@ -101,6 +101,8 @@ class DraftAlgorithm(ABC):
     """K: tokens drafted in one step: the unroll depth (EAGLE-3), B - 1 (DFlash)."""
     first_start: int
     """Least index in its document at which a step may start: 1 for EAGLE-3, 0 for DFlash."""
+    shares_rows: ClassVar[bool] = False
+    """Whether `loss` takes parts of rows, and exchanges what they lack with `context.sequence`."""
 
     @classmethod
     @abstractmethod

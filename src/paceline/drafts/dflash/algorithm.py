@@ -33,6 +33,7 @@ class DFlash(DraftAlgorithm):
     draft: DFlashDraft
     config: DFlashConfig
     first_start = 0
+    shares_rows = True
 
     @classmethod
     def feature_spec(cls, config: DraftConfig, info: TargetInfo, evaluation: bool = False) -> FeatureSpec:

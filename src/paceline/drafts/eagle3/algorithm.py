@@ -35,6 +35,7 @@ class Eagle3(DraftAlgorithm):
     name: ClassVar[str] = "eagle3"
     config_class: ClassVar[type[DraftConfig]] = Eagle3Config
     first_start = 1
+    shares_rows = True
     config: Eagle3Config
     draft: Eagle3Draft
 
