@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 
 from paceline.config.loading import build_config, dump_config, load_config
-from paceline.drafts.registry import load_algorithm
+from paceline.drafts.registry import build_algorithm, load_algorithm
+from paceline.drafts.sequence import SequenceGroup
 from paceline.errors import ConfigError
+from rows import make_context, tiny_info
 
 MODULE = """
 from typing import Literal
@@ -31,6 +33,18 @@ class Other(Eagle3):
 
 class Unfinished(Eagle3):
     config_class = None
+
+
+class AloneConfig(Eagle3Config):
+    \"\"\"EAGLE-3 that knows nothing of other ranks.\"\"\"
+
+    algorithm: Literal["alone"] = "alone"
+
+
+class Alone(Eagle3):
+    name = "alone"
+    config_class = AloneConfig
+    shares_rows = False
 """
 TABLE = {
     "run_dir": "run",
@@ -48,6 +62,7 @@ def _installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: other-algorithm\nVersion: 0.1\n")
     (facts / "entry_points.txt").write_text(
         "[paceline.algorithms]\nother = other_algorithm:Other\nunfinished = other_algorithm:Unfinished\n"
+        "alone = other_algorithm:Alone\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
 
@@ -74,3 +89,12 @@ def test_a_class_without_settings_is_refused():
 def test_an_algorithm_nobody_brings_is_refused_with_those_that_are_there():
     with pytest.raises(ConfigError, match=r"algorithm = 'nothing': unknown; one of eagle3, dflash"):
         build_config(TABLE | {"drafts": {"one": {"algorithm": "nothing"}}})
+
+
+def test_one_that_trains_whole_rows_only_is_refused_where_ranks_share_them():
+    drafts = build_config(TABLE | {"drafts": {"alone": {"algorithm": "alone"}, "other": {"algorithm": "other"}}}).drafts
+    shared = make_context(tiny_info(), sequence=SequenceGroup(None, 0, 2))  # type: ignore[arg-type]
+    assert build_algorithm(drafts["other"], shared).shares_rows
+    with pytest.raises(ConfigError, match=r"'alone' trains whole rows only, training.sequence_parallel = 2"):
+        build_algorithm(drafts["alone"], shared)
+    assert build_algorithm(drafts["alone"], make_context(tiny_info())).name == "alone"

@@ -18,13 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from paceline.drafts.sequence import Exchange
+
 _BLOCK = 128
 """Query and key block of flex_attention; its own default."""
 
 
 @dataclass(frozen=True, slots=True)
 class Visibility:
-    """For each query, the interval [first, end) of context keys it sees; end <= first sees none."""
+    """For each query, the interval [first, end) of context keys it sees; end <= first sees none.
+
+    With an exchange these are the queries of all ranks of a sequence-parallel group.
+    """
 
     first: Tensor
     """int64[Q]."""
@@ -32,16 +37,18 @@ class Visibility:
     """int64[Q]."""
     blocks: Any = None
     """flex_attention's BlockMask of the same intervals, where that backend is used."""
+    exchange: Exchange | None = None
+    """How the ranks of a sequence-parallel group have shared out the queries."""
 
 
-def build_visibility(first: Tensor, end: Tensor, num_keys: int) -> Visibility:
+def build_visibility(first: Tensor, end: Tensor, num_keys: int, exchange: Exchange | None = None) -> Visibility:
     """Intervals with what the backend needs: block lists for flex_attention on CUDA.
 
     On a CPU flex_attention has no backward pass; for a handful of queries (decoding) its blocks would be empty.
     """
     if first.device.type != "cuda" or len(first) < _BLOCK:
-        return Visibility(first, end)
-    return Visibility(first, end, _interval_blocks(first, end, num_keys))
+        return Visibility(first, end, None, exchange)
+    return Visibility(first, end, _interval_blocks(first, end, num_keys), exchange)
 
 
 def attend_context(q: Tensor, k: Tensor, v: Tensor, visible: Visibility) -> tuple[Tensor, Tensor]:
@@ -49,11 +56,19 @@ def attend_context(q: Tensor, k: Tensor, v: Tensor, visible: Visibility) -> tupl
 
     Args:
         q: [Q, heads, head_dim]. k, v: [T, kv_heads, head_dim], kv_heads divides heads.
+            With an exchange: q are this rank's queries with all heads, k and v all keys with this rank's heads.
 
     Returns:
         out [Q, heads, head_dim] and the fp32 logsumexp [Q, heads] of the scores; a query that sees no key has
         out 0 and logsumexp -inf.
     """
+    if visible.exchange is None:
+        return _attend(q, k, v, visible)
+    out, lse = _attend(visible.exchange.to_heads(q), k, v, visible)
+    return visible.exchange.to_items(out), visible.exchange.to_items(lse)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Visibility) -> tuple[Tensor, Tensor]:
     if visible.blocks is not None:
         out, lse = _flex()(q.transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None], visible.blocks)
         return out[0].transpose(0, 1), lse[0].transpose(0, 1)

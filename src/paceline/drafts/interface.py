@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from paceline.config.drafts import DraftConfig
+from paceline.drafts.sequence import SequenceGroup
 from paceline.drafts.vocabulary import DraftVocabulary
 from paceline.schema.features import FeatureRow, FeatureSpec
 from paceline.schema.target_info import TargetInfo
@@ -45,6 +46,8 @@ class DraftContext:
     head_chunk_tokens: int = 4096
     compile: bool = False
     activation_checkpointing: bool = False
+    sequence: SequenceGroup | None = None
+    """The ranks that train each row together with this one, where rows come in parts."""
 
 
 @dataclass(slots=True)
@@ -98,6 +101,8 @@ class DraftAlgorithm(ABC):
     """K: tokens drafted in one step: the unroll depth (EAGLE-3), B - 1 (DFlash)."""
     first_start: int
     """Least index in its document at which a step may start: 1 for EAGLE-3, 0 for DFlash."""
+    shares_rows: ClassVar[bool] = False
+    """Whether `loss` takes parts of rows, and exchanges what they lack with `context.sequence`."""
 
     @classmethod
     @abstractmethod
@@ -114,7 +119,11 @@ class DraftAlgorithm(ABC):
 
     @abstractmethod
     def loss(self, row: FeatureRow) -> LossTerms:
-        """Loss of one row; feature tensors are on the draft's device."""
+        """Loss of one row; feature tensors are on the draft's device.
+
+        Of a part of a row (`context.sequence`) it is this rank's share: totals, weights, metrics and gradients of the
+        group's ranks add up to those of the row. All of them call this, and go backward, at the same time.
+        """
 
     @abstractmethod
     def nothing(self) -> LossTerms:
@@ -122,7 +131,7 @@ class DraftAlgorithm(ABC):
 
     @abstractmethod
     def propose(self, row: FeatureRow, starts: Tensor) -> Tensor:
-        """What the draft would propose, on its own tokens, at many places of a row at once.
+        """What the draft would propose, on its own tokens, at many places of a whole row at once.
 
         Args:
             starts: int64[S] row indices p (on the draft's device): the newest known token is x_p and the

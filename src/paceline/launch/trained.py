@@ -17,7 +17,7 @@ from paceline.config.run import RunConfig
 from paceline.config.run_dir import RunDir
 from paceline.data.prepared import PreparedData
 from paceline.drafts.interface import DraftAlgorithm, DraftContext, TargetWeights
-from paceline.drafts.registry import load_algorithm
+from paceline.drafts.registry import build_algorithm
 from paceline.drafts.vocabulary import build_vocabulary
 from paceline.errors import ConfigError, RunDirectoryError
 from paceline.launch.run import load_resolved
@@ -153,7 +153,7 @@ def build_draft(
         compile=training.compile,
         activation_checkpointing=training.activation_checkpointing,
     )
-    algorithm = load_algorithm(draft.algorithm)(draft, context)
+    algorithm = build_algorithm(draft, context)
     num_weights = sum(parameter.numel() for parameter in algorithm.draft.parameters())
     logger.info("draft %s: %s, %s weights, vocabulary %d", name, draft.algorithm, f"{num_weights:,}", vocabulary.size)
     return algorithm

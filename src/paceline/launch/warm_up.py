@@ -10,6 +10,7 @@ import torch
 
 from paceline.drafts.fixed_row import fixed_row
 from paceline.drafts.interface import DraftAlgorithm
+from paceline.schema.parts import WHOLE
 
 _ROW_TOKENS = (512, 1100)
 """Two sizes: after the second torch.compile knows that rows differ in length, and compiles no more.
@@ -27,15 +28,19 @@ def compile_drafts(drafts: Mapping[str, DraftAlgorithm], row_tokens: int) -> Non
 
     Args:
         row_tokens: length of the rows that will be trained; the last one tried, so that memory is as it will be.
+            Ranks that train each row together compile at the same time: they exchange parts of these rows, too.
     """
     torch._dynamo.config.error_on_nested_fx_trace = False  # noqa: SLF001 - there is no public name for it
     for name, algorithm in drafts.items():
         begin = time.monotonic()
         for num_tokens in (*_ROW_TOKENS, max(row_tokens, *_ROW_TOKENS)):
-            row = fixed_row(algorithm, num_tokens)
+            sequence = algorithm.context.sequence
+            row = fixed_row(algorithm, num_tokens, WHOLE if sequence is None else sequence.part)
             algorithm.loss(row).total.backward()
             algorithm.draft.zero_grad(set_to_none=True)
             with torch.no_grad():
+                # Held-out rows are evaluated whole, also by a rank that trains parts.
+                row = row if sequence is None else fixed_row(algorithm, num_tokens)
                 algorithm.loss(row)
                 algorithm.propose(row, torch.arange(1, num_tokens, device=algorithm.context.device))
         logger.info("draft %s: compiled in %.0f s", name, time.monotonic() - begin)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from paceline.errors import ConfigError
+from paceline.schema.parts import WHOLE, Part, part_range
 from paceline.schema.rows import Row
 
 if TYPE_CHECKING:
@@ -28,6 +29,9 @@ class FeatureSpec:
     """Whether the target's argmax token after each token is returned."""
     logsumexp: bool = False
     """Whether the logsumexp over all V logits after each token is returned (fp32)."""
+    halo: int = 0
+    """How many tokens to the right of its own range a part of a row also has `greedy`, `final_hidden` and `logsumexp`
+    of; `hidden` has none. Means nothing for a whole row."""
 
     def __post_init__(self) -> None:
         if list(self.layers) != sorted(set(self.layers)):
@@ -44,12 +48,17 @@ def merge_specs(specs: Iterable[FeatureSpec]) -> FeatureSpec:
         final_hidden=max((s.final_hidden for s in specs), key=_FINAL_HIDDEN_ORDER.index, default="none"),
         greedy=any(s.greedy for s in specs),
         logsumexp=any(s.logsumexp for s in specs),
+        halo=max((s.halo for s in specs), default=0),
     )
 
 
 @dataclass(slots=True, eq=False)
 class Features:
-    """What the target computed for one row; tensors in the target's dtype unless said otherwise."""
+    """What the target computed for one row; tensors in the target's dtype unless said otherwise.
+
+    A part of a row has `hidden` of its own range of tokens alone; `greedy`, `logsumexp` and `final_hidden` reach
+    `FeatureSpec.halo` tokens further. T is then the length of the range, or of the range with its halo.
+    """
 
     layers: tuple[int, ...]
     """Which decoder layers `hidden` holds, ascending."""
@@ -60,20 +69,22 @@ class Features:
     final_hidden: torch.Tensor | None
     """[F, H]: final hidden states, after the target's last norm."""
     final_index: torch.Tensor | None
-    """int32[F]: the row index of each of `final_hidden`, ascending."""
+    """int32[F]: the row index of each of `final_hidden`, ascending; of the whole row's, also for a part."""
     logsumexp: torch.Tensor | None
     """float32[T]."""
     row_hash: str
-    """Of the request these features answer."""
+    """Of the request these features answer, which is for the whole row."""
     finite: bool
     """Whether every returned number is finite, judged where it was computed."""
     queued_s: float = 0.0
     computed_s: float = 0.0
     transfer_s: float = 0.0
     """From the head of the reply to its delivery; 0 in one process."""
+    part: Part = WHOLE
 
     @property
     def num_tokens(self) -> int:
+        """Of the part, without its halo."""
         return int(self.hidden.shape[0])
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -104,7 +115,12 @@ class Features:
 
 @dataclass(slots=True, eq=False)
 class FeatureRow:
-    """A row with its features: what a stream hands to the trainer."""
+    """A row with its features: what a stream hands to the trainer. The row is whole, the features may be a part's."""
 
     row: Row
     features: Features
+
+    @property
+    def token_range(self) -> tuple[int, int]:
+        """[start, end), row coordinates: the tokens whose captured states are here."""
+        return part_range(self.row.num_tokens, self.features.part)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from paceline.schema.features import FeatureSpec
+from paceline.schema.parts import WHOLE, Part, num_supervised, part_range, part_reach
 from paceline.schema.rows import RowRequest
 from paceline.schema.target_info import TargetInfo
 
@@ -34,22 +35,30 @@ ReplyLayout = Mapping[str, TensorLayout]
 """Tensors by name, in the order of their offsets."""
 
 
-def reply_layout(request: RowRequest, spec: FeatureSpec, info: TargetInfo) -> dict[str, TensorLayout]:
-    """Every tensor of the reply to `request`, one behind the other in one buffer; both sides compute the same."""
+def reply_layout(
+    request: RowRequest, spec: FeatureSpec, info: TargetInfo, part: Part = WHOLE
+) -> dict[str, TensorLayout]:
+    """Every tensor of the reply to `request`, one behind the other in one buffer; both sides compute the same.
+
+    Args:
+        part: the part of the row that the reply holds.
+    """
     num_tokens = len(request.tokens)
+    start, end = part_range(num_tokens, part)
+    _, reach = part_reach(num_tokens, part, spec.halo)
     tensors: list[tuple[str, str, tuple[int, ...]]] = [
-        ("hidden", info.dtype, (num_tokens, len(spec.layers), info.hidden_size))
+        ("hidden", info.dtype, (end - start, len(spec.layers), info.hidden_size))
     ]
     if spec.greedy:
-        tensors.append(("greedy", "int32", (num_tokens,)))
+        tensors.append(("greedy", "int32", (reach - start,)))
     if spec.final_hidden != "none":
-        num_final = num_tokens
+        num_final = reach - start
         if spec.final_hidden == "supervised":
-            num_final = int((request.spans[:, 1] - request.spans[:, 0]).sum())
+            num_final = num_supervised(request.spans, start, reach)
         tensors.append(("final_hidden", info.dtype, (num_final, info.hidden_size)))
         tensors.append(("final_index", "int32", (num_final,)))
     if spec.logsumexp:
-        tensors.append(("logsumexp", "float32", (num_tokens,)))
+        tensors.append(("logsumexp", "float32", (reach - start,)))
     return place(tensors)
 
 
@@ -68,9 +77,9 @@ def layout_bytes(layout: ReplyLayout) -> int:
     return max((_aligned(tensor.offset + tensor.num_bytes) for tensor in layout.values()), default=0)
 
 
-def reply_bytes(request: RowRequest, spec: FeatureSpec, info: TargetInfo) -> int:
-    """Bytes of the buffer that the reply to `request` takes."""
-    return layout_bytes(reply_layout(request, spec, info))
+def reply_bytes(request: RowRequest, spec: FeatureSpec, info: TargetInfo, part: Part = WHOLE) -> int:
+    """Bytes of the buffer that the reply to `request` takes, or that of one part of it."""
+    return layout_bytes(reply_layout(request, spec, info, part))
 
 
 def _aligned(num_bytes: int) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from paceline.config.drafts import DFlashConfig, DraftConfig
-from paceline.drafts.dflash.anchors import BlockPlan, draw_anchors, plan_blocks
+from paceline.drafts.dflash.anchors import BlockPlan, draw_anchors, share_blocks
 from paceline.drafts.dflash.decoding import BlockProposer, DFlashDecoder
 from paceline.drafts.dflash.layout import check_published, published_config
 from paceline.drafts.dflash.model import DFlashDraft
@@ -18,6 +18,7 @@ from paceline.drafts.head_loss import Head, hard_cross_entropy
 from paceline.drafts.interface import DraftAlgorithm, DraftContext, DraftDecoder, LossTerms
 from paceline.drafts.layers import Rotary, init_weights
 from paceline.drafts.published import check_names, read_published
+from paceline.drafts.sequence import Exchange, exchange_tokens, sequence_of
 from paceline.drafts.upload import upload
 from paceline.errors import ConfigError
 from paceline.schema.features import FeatureRow, FeatureSpec
@@ -32,6 +33,7 @@ class DFlash(DraftAlgorithm):
     draft: DFlashDraft
     config: DFlashConfig
     first_start = 0
+    shares_rows = True
 
     @classmethod
     def feature_spec(cls, config: DraftConfig, info: TargetInfo, evaluation: bool = False) -> FeatureSpec:
@@ -43,6 +45,8 @@ class DFlash(DraftAlgorithm):
         self.settings = derive_settings(self.config, info)
         self.num_drafted = self.config.block_size - 1
         sizes = self.settings.sizes
+        if context.sequence is not None:
+            context.sequence.check_heads(sizes.num_heads, sizes.num_kv_heads)
         rotary = Rotary(info.rope, sizes.head_dim, info.max_position_embeddings, context.device)
         with torch.device("meta"):  # every weight is drawn below: torch's own initialisation would be in vain
             draft = DFlashDraft(sizes, rotary, context.compile)
@@ -58,14 +62,16 @@ class DFlash(DraftAlgorithm):
 
     def loss(self, row: FeatureRow) -> LossTerms:
         anchors = draw_anchors(row.row, self.config.anchor_every, self.context.seed)
-        plan = plan_blocks(row.row, anchors, self.config.block_size)
-        if not len(plan.counted):
+        part = row.features.part
+        plans = share_blocks(row.row, anchors, self.config.block_size, part.count)
+        # A part without blocks goes on: the others' blocks read its keys, and its exchanges are theirs, too.
+        if not any(len(share.counted) for share in plans):
             return self.nothing()
-        device = self.context.device
+        plan, device = plans[part.index], self.context.device
         labels, counted = upload(plan.labels, device), upload(plan.counted, device)
         weights = self._slot_weights[counted % self.config.block_size]
         head = hard_cross_entropy(
-            self._run_blocks(row, plan, counted),
+            self._run_blocks(row, plans, counted),
             self._blocks.head,
             labels,
             weights,
@@ -88,6 +94,7 @@ class DFlash(DraftAlgorithm):
 
     @torch.no_grad()
     def propose(self, row: FeatureRow, starts: Tensor) -> Tensor:
+        assert sequence_of(row, None) is None, "proposals are made for whole rows"
         documents = upload(row.row.documents, starts.device)
         first = documents[torch.searchsorted(documents, starts, right=True) - 1]
         tokens = upload(row.row.tokens, starts.device)[starts]
@@ -109,16 +116,31 @@ class DFlash(DraftAlgorithm):
         self.draft.load_state_dict(tensors)
 
     def _read_context(self, row: FeatureRow) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of each layer: of the row's part with all heads."""
         captured = row.features.select_hidden(self.settings.layers).to(self.context.dtype)
-        return self.draft.read_context(captured, upload(row.row.document_positions(), self.context.device))
+        positions = row.row.document_positions()[slice(*row.token_range)]
+        return self.draft.read_context(captured, upload(positions, self.context.device))
 
-    def _run_blocks(self, row: FeatureRow, plan: BlockPlan, counted: Tensor) -> Tensor:
-        """[N, H]: final states of the slots that count; of the others no logits ever exist."""
-        device = self.context.device
-        context = self._read_context(row)
-        inputs = self._blocks.block_inputs(upload(row.row.tokens[plan.anchors], device))
+    def _run_blocks(self, row: FeatureRow, plans: list[BlockPlan], counted: Tensor) -> Tensor:
+        """[N, H]: final states of the slots that count; of the others no logits ever exist.
+
+        Args:
+            plans: the blocks of each part of the row.
+        """
+        device, num_tokens = self.context.device, row.row.num_tokens
+        context, exchange = self._read_context(row), None
+        sequence = sequence_of(row, self.context.sequence)
+        if sequence is not None:
+            tokens = exchange_tokens(sequence, num_tokens)
+            context = [(tokens.to_heads(k), tokens.to_heads(v)) for k, v in context]
+            exchange = Exchange(sequence, tuple(len(plan) * self.config.block_size for plan in plans))
+        inputs = self._blocks.block_inputs(upload(row.row.tokens[plans[row.features.part.index].anchors], device))
         geometry = self.draft.place_blocks(
-            upload(plan.first, device), upload(plan.anchors, device), row.row.num_tokens, self.context.dtype
+            upload(np.concatenate([plan.first for plan in plans]), device),
+            upload(np.concatenate([plan.anchors for plan in plans]), device),
+            num_tokens,
+            self.context.dtype,
+            exchange,
         )
         states: Tensor = self.draft(inputs, context, geometry, counted, self.context.activation_checkpointing)
         return states

@@ -56,8 +56,19 @@ def draw_anchors(row: Row, anchor_every: int, seed: int) -> np.ndarray:
     return np.concatenate(drawn)
 
 
-def plan_blocks(row: Row, anchors: np.ndarray, block_size: int) -> BlockPlan:
-    """Blocks of a row at valid anchors, padded to a multiple of 64.
+def share_blocks(row: Row, anchors: np.ndarray, block_size: int, num_parts: int) -> list[BlockPlan]:
+    """The blocks of each part of a row: equal shares of its anchors in their order, whatever tokens a part has.
+
+    A block reads nothing of its place but keys, which all ranks have of all tokens, so that shares may be even. All
+    are padded to one length, so that no rank's code sees another size.
+    """
+    shares = np.array_split(anchors, num_parts)
+    longest = max(len(share) for share in shares)
+    return [plan_blocks(row, share, block_size, longest) for share in shares]
+
+
+def plan_blocks(row: Row, anchors: np.ndarray, block_size: int, at_least: int = 0) -> BlockPlan:
+    """Blocks of a row at valid anchors, padded to a multiple of 64 that has room for `at_least`.
 
     Slot k >= 1 of the block at a counts iff x_a .. x_{a+k} lie in one span.
     """
@@ -67,7 +78,8 @@ def plan_blocks(row: Row, anchors: np.ndarray, block_size: int) -> BlockPlan:
     slots = np.arange(1, block_size)
     counts = anchors[:, None] + slots < span_end[:, None]
     block, slot = np.nonzero(counts)
-    pad = -len(anchors) % _LIST_MULTIPLE
+    num_blocks = -(-max(len(anchors), at_least) // _LIST_MULTIPLE) * _LIST_MULTIPLE
+    pad = num_blocks - len(anchors)
     return BlockPlan(
         anchors=np.pad(anchors, (0, pad)),
         first=np.pad(first, (0, pad)),

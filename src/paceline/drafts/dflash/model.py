@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from paceline.drafts.attention import Visibility, attend_context, build_visibility, merge_own
 from paceline.drafts.layers import RMSNorm, Rotary, SwiGLU, rotate
+from paceline.drafts.sequence import Exchange
 
 CosSin = tuple[Tensor, Tensor]
 KeysValues = tuple[Tensor, Tensor]
@@ -40,7 +41,7 @@ class BlockGeometry:
     """Where a set of blocks lies: positions, and the context keys their slots see in each kind of layer."""
 
     cos_sin: CosSin
-    """Of the slots' positions in their documents, [A, B, 1, head_dim]."""
+    """Of this rank's slots' positions in their documents, [A, B, 1, head_dim]."""
     visible: dict[int | None, Visibility]
     """By window (None: full attention)."""
     own_bias: dict[int | None, Tensor]
@@ -188,12 +189,16 @@ class DFlashDraft(nn.Module):
         cos_sin = self._rotary(positions, c.dtype)
         return [self._piece(_context_keys)(layer, c, cos_sin) for layer in self._decoder_layers()]
 
-    def place_blocks(self, first: Tensor, anchors: Tensor, num_keys: int, dtype: torch.dtype) -> BlockGeometry:
+    def place_blocks(
+        self, first: Tensor, anchors: Tensor, num_keys: int, dtype: torch.dtype, exchange: Exchange | None = None
+    ) -> BlockGeometry:
         """Geometry of blocks.
 
         Args:
             first: int64[A], context key where the anchor's document starts. anchors: int64[A], also context keys.
             num_keys: T.
+            exchange: of the blocks' slots, where a sequence-parallel group has shared them out; `first` and `anchors`
+                are then those of all ranks.
         """
         size = self.sizes.block_size
         slots = torch.arange(size, device=anchors.device)
@@ -204,9 +209,9 @@ class DFlashDraft(nn.Module):
             begin = starts
             if window is not None:
                 begin = torch.maximum(starts, starts + positions - window + 1)
-            visible[window] = build_visibility(begin, ends, num_keys)
+            visible[window] = build_visibility(begin, ends, num_keys, exchange)
             own_bias[window] = _own_bias(size, window, anchors.device)
-        cos, sin = self._rotary(positions, dtype)
+        cos, sin = self._rotary(positions if exchange is None else positions[exchange.own], dtype)
         return BlockGeometry((cos.unflatten(0, (-1, size)), sin.unflatten(0, (-1, size))), visible, own_bias)
 
     def forward(

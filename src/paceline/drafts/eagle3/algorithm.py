@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, ClassVar
 
 import torch
@@ -20,6 +21,7 @@ from paceline.drafts.interface import DraftAlgorithm, DraftContext, LossTerms
 from paceline.drafts.layers import Rotary, init_weights
 from paceline.drafts.layers_spec import choose_layers
 from paceline.drafts.published import read_published
+from paceline.drafts.sequence import Exchange, SequenceGroup, exchange_tokens, sequence_of
 from paceline.drafts.upload import upload
 from paceline.drafts.vocabulary import DraftVocabulary
 from paceline.errors import ConfigError
@@ -33,23 +35,30 @@ class Eagle3(DraftAlgorithm):
     name: ClassVar[str] = "eagle3"
     config_class: ClassVar[type[DraftConfig]] = Eagle3Config
     first_start = 1
+    shares_rows = True
     config: Eagle3Config
     draft: Eagle3Draft
 
     @classmethod
     def feature_spec(cls, config: DraftConfig, info: TargetInfo, evaluation: bool = False) -> FeatureSpec:
-        """Captured layers and greedy tokens; for training also the final hidden state of supervised tokens."""
+        """Captured layers and greedy tokens; for training also the final hidden state of supervised tokens.
+
+        Slot t is taught by the states of tokens up to t + K: a part's last slots need what lies behind their part.
+        """
         layers = choose_layers(config.target_layers, layout.default_layers(info.num_layers), info, at_least=2)
-        return FeatureSpec(layers=layers, final_hidden="none" if evaluation else "supervised", greedy=True)
+        if evaluation:
+            return FeatureSpec(layers=layers, greedy=True)
+        halo = _own(config).num_depths + 1
+        return FeatureSpec(layers=layers, final_hidden="supervised", greedy=True, halo=halo)
 
     def __init__(self, config: DraftConfig, context: DraftContext) -> None:
-        if not isinstance(config, Eagle3Config):
-            raise ConfigError(f"an eagle3 draft was given the configuration of {type(config).__name__}")
-        self.config, self.context = config, context
-        self.num_drafted = config.num_depths
+        self.config, self.context = _own(config), context
+        self.num_drafted = self.config.num_depths
         info, device, dtype = context.info, context.device, context.dtype
-        self.layers = self.feature_spec(config, info).layers
-        self.shape = eagle3_shape(config, info, len(self.layers), context.vocabulary)
+        self.layers = self.feature_spec(self.config, info).layers
+        self.shape = eagle3_shape(self.config, info, len(self.layers), context.vocabulary)
+        if context.sequence is not None:
+            context.sequence.check_heads(self.shape.num_heads, self.shape.num_kv_heads)
         rotary = Rotary(info.rope, self.shape.head_dim, info.max_position_embeddings, device)
         self.draft = Eagle3Draft(self.shape, rotary, context.compile)
         init_weights(self.draft, context.seed)
@@ -63,9 +72,9 @@ class Eagle3(DraftAlgorithm):
         self.embedding = context.weights.embedding().to(dtype)
         self._target_ids = upload(context.vocabulary.ids, device)
         self._draft_index = context.vocabulary.draft_index().to(device)
-        if config.init_from is not None:
-            self.load_published(*read_published(config.init_from))
-        self._decay = config.depth_decay ** torch.arange(config.num_depths, device=device, dtype=torch.float32)
+        if self.config.init_from is not None:
+            self.load_published(*read_published(self.config.init_from))
+        self._decay = self.config.depth_decay ** torch.arange(self.num_drafted, device=device, dtype=torch.float32)
 
     def loss(self, row: FeatureRow) -> LossTerms:
         """Sum over depths of decay^k times cross-entropy to the target's distribution, over counted slots."""
@@ -73,14 +82,13 @@ class Eagle3(DraftAlgorithm):
         greedy = row.features.greedy
         assert final is not None, "the feature spec asks for it"
         assert greedy is not None, "the feature spec asks for it"
-        plan = plan_slots(
-            row.row, self.config.num_depths, self.context.head_chunk_tokens, len(final), self.context.device
-        )
+        plan = plan_slots(row, self.config.num_depths, self.context.head_chunk_tokens, self.context.device)
         # A greedy token outside the draft vocabulary leaves its slots out of the loss, and is a miss in accuracy.
         taught = self._draft_index[greedy.long()[plan.teacher_tokens]]
         said = taught[plan.pairs.teacher]
         weight = self._decay[plan.depth] * (said >= 0)
-        if not plan.num_slots:
+        # A part without slots goes on: the others' slots read its keys, and its exchanges are theirs, too.
+        if not any(plan.counts):
             return self.nothing()
         head = soft_cross_entropy(
             self._unroll_taught(row, plan),
@@ -91,7 +99,9 @@ class Eagle3(DraftAlgorithm):
             weight,
             self.context.compile,
         )
-        return LossTerms(head.total, (taught >= 0).sum().float(), self._depth_metrics(head, plan, said))
+        return LossTerms(
+            head.total, (taught[: plan.num_slots] >= 0).sum().float(), self._depth_metrics(head, plan, said)
+        )
 
     def nothing(self) -> LossTerms:
         total = self.draft.fc.weight.sum() * 0.0
@@ -101,6 +111,7 @@ class Eagle3(DraftAlgorithm):
 
     def propose(self, row: FeatureRow, starts: Tensor) -> Tensor:
         """Chains of argmax tokens, each slot reading its own proposals."""
+        assert sequence_of(row, None) is None, "proposals are made for whole rows"
         slots = starts - 1
         context, tokens, positions = self._read_row(row)
         document_start = upload(row.row.documents, slots.device)
@@ -135,19 +146,24 @@ class Eagle3(DraftAlgorithm):
         layout.load_published(self.draft, config, tensors, expected=self.published_config(), context=self.context)
 
     def _read_row(self, row: FeatureRow) -> tuple[Context, Tensor, Tensor]:
-        """Depth 0 of the whole row, its tokens int64[T] and positions int64[T]."""
+        """Depth 0 of the row's part; tokens int64[T] of the whole row; positions int64 of the part's."""
+        own = slice(*row.token_range)
         tokens = upload(row.row.tokens, self.context.device)
-        positions = upload(row.row.document_positions(), self.context.device)
+        positions = upload(row.row.document_positions()[own], self.context.device)
         hidden = row.features.select_hidden(self.layers).to(self.context.dtype)
         # The last token's successor is unknown here and seen by no counted slot.
-        embeddings = self.embedding[pad(tokens[1:], (0, 1))]
+        embeddings = self.embedding[pad(tokens[1:], (0, 1))[own]]
         return self.draft.read_context(hidden, embeddings, positions), tokens, positions
 
     def _unroll_taught(self, row: FeatureRow, plan: SlotPlan) -> Tensor:
         """[K * S, H]: normed states of every depth, each slot reading the text's own tokens."""
         context, tokens, positions = self._read_row(row)
-        visible = build_visibility(plan.document_start, plan.slots + 1, len(tokens))
-        states = self._run(self.draft.first_depth, context, plan.slots, positions, visible)
+        sequence, exchange = sequence_of(row, self.context.sequence), None
+        if sequence is not None:
+            context, exchange = _exchange_keys(context, sequence, len(tokens)), Exchange(sequence, plan.counts)
+        visible = build_visibility(plan.document_start, plan.seen_end, len(tokens), exchange)
+        slots = plan.slots - row.token_range[0]
+        states = self._run(self.draft.first_depth, context, slots, positions, visible)
         own, every = None, [self.draft.norm(states)]
         for depth in range(1, self.config.num_depths):
             # Past the end of the row only slots that do not count are read: any token will do.
@@ -156,7 +172,7 @@ class Eagle3(DraftAlgorithm):
                 self.draft.next_depth,
                 states,
                 self.embedding[tokens[read]],
-                positions[plan.slots] + depth,
+                positions[slots] + depth,
                 context,
                 visible,
                 own,
@@ -179,6 +195,18 @@ class Eagle3(DraftAlgorithm):
             "accuracy": torch.stack([right, by_depth(torch.ones_like(said))]),
             "loss": torch.stack([by_depth(head.cross_entropy * counted), by_depth(counted)]),
         }
+
+
+def _own(config: DraftConfig) -> Eagle3Config:
+    if not isinstance(config, Eagle3Config):
+        raise ConfigError(f"an eagle3 draft was given the configuration of {type(config).__name__}")
+    return config
+
+
+def _exchange_keys(context: Context, sequence: SequenceGroup, num_tokens: int) -> Context:
+    """The context with this rank's heads of all tokens' keys and values, in the place of all heads of its tokens'."""
+    tokens = exchange_tokens(sequence, num_tokens)
+    return dataclasses.replace(context, keys=tokens.to_heads(context.keys), values=tokens.to_heads(context.values))
 
 
 def eagle3_shape(config: Eagle3Config, info: TargetInfo, num_states: int, vocabulary: DraftVocabulary) -> Eagle3Shape:

@@ -34,7 +34,10 @@ class Eagle3Shape:
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """Depth 0 of every token of a row (or of a text so far)."""
+    """Depth 0 of every token of a row, of one part of it, or of a text so far.
+
+    Under sequence parallelism keys and values are exchanged: those of the whole row, of this rank's heads.
+    """
 
     states: Tensor
     """[T, H]: g_0, the fused target states."""
@@ -160,9 +163,11 @@ def merge_depths(out: Tensor, lse: Tensor, q: Tensor, own_keys: Tensor, own_valu
     kv_heads = own_keys.shape[2]
     grouped = q.view(num_slots, kv_heads, heads // kv_heads, head_dim).float()
     scores = (grouped[None] * own_keys.float()[:, :, :, None]).sum(-1) / math.sqrt(head_dim)
+    # Sizes are spelled out: from no slots at all, none could be inferred.
+    num_own = len(own_keys)
 
     def weigh(weights: Tensor) -> Tensor:
-        by_group = weights.view(num_slots, kv_heads, heads // kv_heads, -1).permute(3, 0, 1, 2)
+        by_group = weights.view(num_slots, kv_heads, heads // kv_heads, num_own).permute(3, 0, 1, 2)
         return (by_group[..., None] * own_values.float()[:, :, :, None]).sum(0).reshape(q.shape)
 
-    return merge_own((out, lse), scores.permute(1, 2, 3, 0).reshape(num_slots, heads, -1), weigh)
+    return merge_own((out, lse), scores.permute(1, 2, 3, 0).reshape(num_slots, heads, num_own), weigh)

@@ -10,64 +10,96 @@ from torch import Tensor
 
 from paceline.drafts.head_loss import TeacherPairs
 from paceline.drafts.upload import upload
+from paceline.schema.features import FeatureRow
+from paceline.schema.parts import Part, part_range
 from paceline.schema.rows import Row
 
 
 @dataclass(frozen=True, slots=True)
 class SlotPlan:
-    """The slots of a row (S of them) and their teachers, on the draft's device.
+    """The slots of a row that this rank trains (S of them) and their teachers, on the draft's device.
 
     Slot t reads the target's state of x_t and the token x_{t+1}; at depth k it predicts x_{t+2+k} and is taught by
     the final hidden state of x_{t+1+k}. Slots stand in row order, so the slot taught at depth k by the teacher of
     slot n (at depth 0) is slot n - k of the same span.
+
+    Of a part of a row, a rank trains the slots in its range of tokens. The first S teachers are those of its slots at
+    depth 0; the few after them, in the halo, teach its last slots at deeper depths.
     """
 
     slots: Tensor
     """int64[S]: row index t."""
-    document_start: Tensor
-    """int64[S]: first row index of the slot's document."""
     teacher_rows: Tensor
-    """int64[S]: index into `final_hidden` of the state of x_{t+1}."""
+    """int64[M]: index into the part's `final_hidden` of the state of x_{t+1}."""
     teacher_tokens: Tensor
-    """int64[S]: row index t + 1."""
+    """int64[M]: index of token t + 1 in the part."""
     pairs: TeacherPairs
     """Student rows are k * S + n: depth k of slot n."""
     depth: Tensor
     """int64[N]: k of each pair."""
+    counts: tuple[int, ...]
+    """Slots of each part of the row."""
+    document_start: Tensor
+    """int64[sum(counts)]: first row index of the document of every slot of the row, whoever trains it."""
+    seen_end: Tensor
+    """int64[sum(counts)]: t + 1 of the same."""
 
     @property
     def num_slots(self) -> int:
         return len(self.slots)
 
 
-def plan_slots(row: Row, num_depths: int, chunk: int, num_final: int, device: torch.device) -> SlotPlan:
+def plan_slots(row: FeatureRow, num_depths: int, chunk: int, device: torch.device) -> SlotPlan:
     """Slots counted at depth 0 and their (slot, depth) pairs, from spans alone (host arithmetic, no device sync).
 
     Args:
+        row: with `greedy` and `final_hidden` of all its tokens or of the supervised ones.
         chunk: student rows whose logits may exist at one time.
-        num_final: rows of `final_hidden`: all T tokens, or the supervised ones.
     """
-    taught, first, document_start = _taught_tokens(row)
-    count = len(taught)
-    all_tokens = num_final == row.num_tokens
-    teacher_rows = taught if all_tokens else np.searchsorted(row.supervised_index(), taught)
-    order, depth = np.nonzero((taught - first)[:, None] >= np.arange(num_depths)[None])
+    taught, first, document_start = _taught_tokens(row.row)
+    part, num_tokens = row.features.part, row.row.num_tokens
+    begins = [part_range(num_tokens, Part(index, part.count))[0] for index in range(part.count)]
+    bounds = np.searchsorted(taught - 1, [*begins, num_tokens])
+    own = slice(bounds[part.index], bounds[part.index + 1])
+    num_slots = int(own.stop - own.start)
+    # How deep a teacher reaches is where its span began: at depth k it teaches the slot k before its own.
+    reach = (taught - first)[own.start : own.stop + num_depths - 1]
+    teacher, depths = np.arange(len(reach))[:, None], np.arange(num_depths)[None]
+    order, depth = np.nonzero((reach[:, None] >= depths) & (teacher >= depths) & (teacher - depths < num_slots))
+    count = int(order[-1]) + 1 if len(order) else 0
+    taught_by = taught[own.start : own.start + count]
     per_chunk = max(1, chunk // num_depths)
-    bounds = [*range(0, count, per_chunk), count] if count else [0]
+    chunks = [*range(0, count, per_chunk), count] if count else [0]
     pairs = TeacherPairs(
-        student=upload(depth * count + order - depth, device),
+        student=upload(depth * num_slots + order - depth, device),
         teacher=upload(order, device),
-        teacher_bounds=tuple(bounds),
-        pair_bounds=tuple(int(b) for b in np.searchsorted(order, bounds)),
+        teacher_bounds=tuple(chunks),
+        pair_bounds=tuple(int(b) for b in np.searchsorted(order, chunks)),
     )
     return SlotPlan(
-        slots=upload(taught - 1, device),
-        document_start=upload(document_start, device),
-        teacher_rows=upload(teacher_rows, device),
-        teacher_tokens=upload(taught, device),
+        slots=upload(taught[own] - 1, device),
+        teacher_rows=upload(_final_rows(row, taught_by), device),
+        teacher_tokens=upload(taught_by - begins[part.index], device),
         pairs=pairs,
         depth=upload(depth, device),
+        counts=tuple(int(n) for n in np.diff(bounds)),
+        document_start=upload(document_start, device),
+        seen_end=upload(taught, device),
     )
+
+
+def _final_rows(row: FeatureRow, tokens: np.ndarray) -> np.ndarray:
+    """Index into the row's `final_hidden` of each of `tokens` (row coordinates, ascending)."""
+    final, greedy = row.features.final_hidden, row.features.greedy
+    assert final is not None, "the feature spec asks for it"
+    assert greedy is not None, "the feature spec asks for it"
+    start, _ = row.token_range
+    assert not len(tokens) or tokens[-1] < start + len(greedy), "the halo holds the teacher of every depth"
+    if len(final) == len(greedy):  # those of all tokens
+        return tokens - start
+    supervised = row.row.supervised_index()
+    rows: np.ndarray = np.searchsorted(supervised, tokens) - np.searchsorted(supervised, start)
+    return rows
 
 
 def _taught_tokens(row: Row) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
