@@ -158,7 +158,7 @@ def _balance(config: RunConfig, demand: float, supply: float | None, per_token: 
     window = BalanceWindow(
         wall_s=1.0,
         tokens=rate,
-        wait_s=1.0 - busy_s if num_servers else 0.0,
+        data_wait_s=1.0 - busy_s if num_servers else 0.0,
         busy_s=busy_s,
         num_bytes=rate * per_token,
         target_tokens=rate,

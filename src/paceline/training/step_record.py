@@ -159,8 +159,8 @@ class StepLog:
                 BalanceWindow(
                     wall_s=interval_s,
                     tokens=sum(read.sizes["tokens"] for read in reads),
-                    data_wait_s=seconds["data_wait"],
-                    busy_s=seconds["forward"] + seconds["backward"] + seconds["optimizer"],
+                    data_wait_s=seconds.get("data_wait", 0.0),  # a rank may have had no row
+                    busy_s=sum(seconds.get(span, 0.0) for span in ("forward", "backward", "optimizer")),
                     num_bytes=new["bytes_received"] - old.get("bytes_received", 0.0),
                     target_tokens=new["target_tokens"] - old.get("target_tokens", 0.0),
                     target_s=new["target_s"] - old.get("target_s", 0.0),
