@@ -1,5 +1,6 @@
 """What every engine must do; each engine gives a factory and passes the same tests."""
 
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
@@ -77,6 +78,20 @@ def test_twenty_rows_submitted_without_waiting_come_back_right(engine: Engine, r
         features = future.result(30)
         assert features.row_hash == request.row_hash()
         check_against(reference, request, features)
+
+
+def test_times_of_rows_in_flight_together_do_not_overlap(engine: Engine):
+    """Their sums tell how busy an engine is: never more than all of the time."""
+    engine.capture(tiny_request((5,)), EVERYTHING).result(30)
+    begin = time.monotonic()
+    futures = [engine.capture(tiny_request((100,) * 4, seed=seed), EVERYTHING) for seed in range(8)]
+    rows = [future.result(60) for future in futures]
+    wall_s = time.monotonic() - begin
+    assert 0 < sum(row.computed_s for row in rows) <= wall_s
+    assert min(row.computed_s for row in rows) > 0
+    # Each was asked for at the start: what it waited and took is at most that, and the last had all before it to wait.
+    assert rows[-1].queued_s >= sum(row.computed_s for row in rows[:-1]) * 0.9
+    assert all(row.queued_s + row.computed_s <= wall_s for row in rows)
 
 
 def test_the_same_row_has_the_same_bits_whatever_runs_beside_it(engine: Engine):

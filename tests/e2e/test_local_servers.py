@@ -11,7 +11,7 @@ import tomli_w
 
 from forking import Command, Commands
 from paceline.config.run import RunConfig
-from whole_run import losses, run, run_config, run_table, same_weights
+from whole_run import lines, losses, run, run_config, run_table, same_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 SETTINGS = {"training__num_epochs": 3, "training__eval_every": 7}
@@ -81,12 +81,25 @@ def test_one_command_trains_on_servers_of_its_own_as_if_the_target_were_here(
     assert command.wait() == 0, command.output
     assert losses(config) == losses(inline)
     assert same_weights(config, inline)
+    check_balance(config, command.output)
     assert not any(alive(pid) for pid in pids.values())
     assert json.loads((tmp_path / "run" / "servers.json").read_text()) == {"servers": []}
     assert len(token) >= 32
     assert not any(token in text for text in (command.output, *words)), "a secret stays in its file"
     for file in (tmp_path / "run").rglob("*"):
         assert not file.is_file() or token.encode() not in file.read_bytes(), file
+
+
+def check_balance(config: RunConfig, output: str) -> None:
+    """Every interval (a step, here) has a verdict, but for those in which no row came; the end has one for the run."""
+    balances = [line["balance"] for line in lines(config) if "balance" in line]
+    assert balances
+    assert {(one["num_servers"], one["num_trainers"]) for one in balances} == {(1, 1)}
+    assert {one["limit"] for one in balances} <= {"target", "trainers", "balanced", "path"}
+    windows = [one["window"] for one in balances]
+    assert 0 < sum(window["target_s"] for window in windows) <= sum(window["server_s"] for window in windows) + 1.0
+    assert all(0 <= one["trainers_wait"] <= 1 for one in balances)
+    assert "balance over the whole run: " in output
 
 
 @pytest.mark.long

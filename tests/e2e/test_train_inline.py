@@ -64,6 +64,19 @@ def another(base: RunConfig, run_dir: Path, **changes: Any) -> RunConfig:
     return RunConfig.model_validate(table)
 
 
+def test_every_logging_interval_says_what_share_of_the_work_is_the_targets(base: RunConfig) -> None:
+    """Both are at work on one device: no server can be added. Its tokens are counted once."""
+    every = lines(base)
+    balances = [line["balance"] for line in every if "balance" in line]
+    assert len(balances) == len(every)  # strictly serial: a row was computed in each step
+    assert {one["limit"] for one in balances} == {"shared"}
+    assert all(0 < one["servers_work"] < 1 and one["one_more_server"] is None for one in balances)
+    assert sum(one["window"]["tokens"] for one in balances) == sum(line["tokens"] for line in every)
+    assert "share the trainer's device" in balances[-1]["text"]
+    log = (Path(base.run_dir) / "logs" / "trainer-0.log").read_text()
+    assert log.count("balance over the whole run: target and drafts share the trainer's device") == 1
+
+
 def test_look_ahead_changes_no_bit(base: RunConfig, tmp_path: Path) -> None:
     config = another(base, tmp_path, transport__prefetch_rows=4)
     run(config)

@@ -197,12 +197,19 @@ def trainer(
 
 
 @app.command()
-def plan(context: typer.Context, config: ConfigFile, overrides: Overrides = None) -> None:
-    """Print the processes of a run, their devices and addresses, and what travels; starts nothing."""
+def plan(
+    context: typer.Context,
+    config: ConfigFile,
+    overrides: Overrides = None,
+    device: Annotated[
+        str | None, typer.Option(help="Predict for this GPU, e.g. H200; by default, the one here.")
+    ] = None,
+) -> None:
+    """Print a run's processes, what travels, and how fast it will be and why; starts nothing."""
     from paceline.config.loading import load_config
 
     _signals(context).grace_s = 1.0
-    _print_plan(load_config(config, overrides or ()))
+    _print_plan(load_config(config, overrides or ()), device)
 
 
 app.command()(serve)
@@ -289,13 +296,16 @@ def _console() -> Console:
     return Console()
 
 
-def _print_plan(config: RunConfig) -> None:
+def _print_plan(config: RunConfig, device: str | None = None) -> None:
     from paceline.cli.show import plan_table
-    from paceline.launch.plan import count_gpus, describe_rows, plan_processes
+    from paceline.launch.plan import count_gpus, describe_rows, num_gpus_wanted, plan_processes
+    from paceline.launch.predict import describe_prediction
 
     console = _console()
-    console.print(plan_table(plan_processes(config, count_gpus())))
-    for line in describe_rows(config):
+    num_gpus = count_gpus() if device is None else num_gpus_wanted(config)
+    processes = plan_processes(config, num_gpus)
+    console.print(plan_table(processes))
+    for line in [*describe_rows(config), "", *describe_prediction(config, processes, device)]:
         console.print(line, highlight=False)
 
 

@@ -127,7 +127,7 @@ class FeaturePool:
             return PoolStats(
                 **dataclasses.asdict(self._totals),
                 rows_waiting=len(self._rows.waiting),
-                servers_up=len(links),
+                servers_up=sum(link.is_server for link in links.values()),
                 answer_p50_s=self._answer_times.percentile(50),
                 answer_p95_s=self._answer_times.percentile(95),
                 servers=servers,

@@ -75,6 +75,7 @@ class PoolStats(PoolTotals):
     rows_waiting: int = 0
     """Rows that no server has been asked for yet, or again."""
     servers_up: int = 0
+    """A recording beside them is none."""
     answer_p50_s: float = 0.0
     """Half of the last answers took no longer; 0 before the first."""
     answer_p95_s: float = 0.0

@@ -41,6 +41,20 @@ def count_gpus() -> int:
     return torch.cuda.device_count()
 
 
+def gpu_name() -> str:
+    """What the driver calls the first GPU."""
+    import torch
+
+    return torch.cuda.get_device_name(0)
+
+
+def num_gpus_wanted(config: RunConfig) -> int:
+    """GPUs of a machine on which every process of the run has its own: to plan for one that is not here."""
+    placement = config.placement
+    servers = placement.num_servers if placement.target == "servers" else 0
+    return servers * config.target.tensor_parallel + placement.num_trainers
+
+
 def plan_processes(config: RunConfig, num_gpus: int) -> list[PlannedProcess]:
     """The processes of a run on this host, servers first.
 

@@ -13,10 +13,10 @@ from paceline.config.run_dir import RunDir
 from paceline.drafts.registry import load_algorithm
 from paceline.errors import DataError
 from paceline.launch.trained import recall_target
-from paceline.schema.features import merge_specs
+from paceline.schema.features import FeatureSpec, merge_specs
 from paceline.schema.layout import ELEMENT_BYTES
 from paceline.schema.target_info import RopeInfo, TargetInfo
-from paceline.target.hf.info import choose_mask_token
+from paceline.target.hf.info import choose_mask_token, dense_mlp_width
 from paceline.target.hf.loading import load_config, load_tokenizer, resolve_checkpoint
 
 
@@ -35,7 +35,7 @@ class TargetFacts:
 def read_checkpoint_facts(config: RunConfig) -> TargetFacts:
     """From the target's configuration and tokenizer files."""
     target = config.target
-    text = _text_config(config)
+    text = text_config(config)
     tokenizer = load_tokenizer(target.model, target.revision, target.trust_remote_code)
     return TargetFacts(int(text.vocab_size), choose_mask_token(tokenizer, int(text.vocab_size)), tokenizer)
 
@@ -87,19 +87,33 @@ def known_facts(config: RunConfig) -> TargetFacts:
 
 def feature_bytes_per_token(config: RunConfig) -> tuple[int, tuple[int, ...]]:
     """(bytes a token of a fully supervised row takes, the capture layers of all drafts)."""
-    run = RunDir(Path(config.run_dir))
-    if config.placement.target == "recorded":
-        info = open_recording(config).info
-    else:
-        info = recall_target(run) if run.target_info.exists() else _outline(config)
+    info = outline_target(config)
+    spec = training_spec(config, info)
+    return round(bytes_per_token(spec, info, 1.0)), spec.layers
+
+
+def training_spec(config: RunConfig, info: TargetInfo) -> FeatureSpec:
+    """The features that all drafts of a run are trained on."""
     drafts = [(load_algorithm(draft.algorithm), draft) for draft in config.drafts.values()]
-    spec = merge_specs(algorithm.feature_spec(draft, info) for algorithm, draft in drafts)
-    num_states = len(spec.layers) + (spec.final_hidden != "none")
-    num_numbers = spec.greedy + spec.logsumexp + (spec.final_hidden != "none")
-    return num_states * info.hidden_size * ELEMENT_BYTES[info.dtype] + 4 * num_numbers, spec.layers
+    return merge_specs(algorithm.feature_spec(draft, info) for algorithm, draft in drafts)
 
 
-def _text_config(config: RunConfig) -> PretrainedConfig:
+def bytes_per_token(spec: FeatureSpec, info: TargetInfo, supervised: float) -> float:
+    """Bytes of features a token of a row takes, `supervised` of whose tokens are."""
+    state = info.hidden_size * ELEMENT_BYTES[info.dtype]
+    share = {"none": 0.0, "supervised": supervised, "all": 1.0}[spec.final_hidden]
+    return len(spec.layers) * state + 4 * (spec.greedy + spec.logsumexp) + share * (state + 4)
+
+
+def outline_target(config: RunConfig) -> TargetInfo:
+    """What a recording or the run directory says of the target, else its sizes as the checkpoint's files have them."""
+    if config.placement.target == "recorded":
+        return open_recording(config).info
+    run = RunDir(Path(config.run_dir))
+    return recall_target(run) if run.target_info.exists() else _outline(config)
+
+
+def text_config(config: RunConfig) -> PretrainedConfig:
     target = config.target
     checkpoint = resolve_checkpoint(target.model, target.revision, target.trust_remote_code, weights=False)
     text: PretrainedConfig = load_config(checkpoint, target.trust_remote_code).get_text_config(decoder=True)
@@ -108,7 +122,7 @@ def _text_config(config: RunConfig) -> PretrainedConfig:
 
 def _outline(config: RunConfig) -> TargetInfo:
     """The sizes of a target that nobody has loaded yet; what only loading can tell is left empty."""
-    text = _text_config(config)
+    text = text_config(config)
     dtype = config.target.dtype if config.target.dtype != "auto" else str(text.dtype or "float32")
     heads = int(text.num_attention_heads)
     return TargetInfo(
@@ -116,12 +130,12 @@ def _outline(config: RunConfig) -> TargetInfo:
         model_type=text.model_type,
         num_layers=text.num_hidden_layers,
         hidden_size=text.hidden_size,
-        intermediate_size=getattr(text, "intermediate_size", None),
+        intermediate_size=dense_mlp_width(text),
         num_heads=heads,
         num_kv_heads=getattr(text, "num_key_value_heads", None) or heads,
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
         vocab_size=text.vocab_size,
-        num_tokenizer_tokens=text.vocab_size,
+        num_tokenizer_tokens=0,  # no id is known to be text: a draft's mask token may be any
         norm_eps=1e-6,
         rope=RopeInfo(),
         max_position_embeddings=text.max_position_embeddings,

@@ -23,6 +23,7 @@ from paceline.launch.prepare import prepare_data
 from paceline.launch.rendezvous import ALONE, Rendezvous
 from paceline.launch.run import Run, lock_run, open_run, recall_run
 from paceline.launch.targets import open_access, publish_urls, target_facts
+from paceline.observe.balance_lines import BalanceLines
 from paceline.observe.logs import logging_for
 from paceline.observe.metrics import MetricsWriter, SilentMetrics, View
 from paceline.observe.progress import build_progress
@@ -124,7 +125,8 @@ def _run_trainer(config: RunConfig, run: Run, parts: TrainerParts, ranks: Ranks,
     with contextlib.ExitStack() as stack:
         metrics: MetricsWriter = SilentMetrics()
         if ranks.is_first:
-            views: list[View] = [build_progress(num_steps, console), *build_trackers(config.tracking, run.paths)]
+            views: list[View] = [build_progress(num_steps, console), BalanceLines()]
+            views += build_trackers(config.tracking, run.paths)
             metrics = MetricsWriter(run.paths.metrics, views)
         stack.callback(metrics.close)
         checkpoints = CheckpointStore(
@@ -138,7 +140,7 @@ def _run_trainer(config: RunConfig, run: Run, parts: TrainerParts, ranks: Ranks,
             parts.evaluate,
             Outputs(metrics, checkpoints, run.paths.profile),
             ranks,
-            lambda: _stream_figures(parts),
+            lambda: _stream_figures(parts, config),
         )
         return trainer.run()
 
@@ -171,8 +173,9 @@ def _full_disk_named(paths: RunDir) -> Iterator[None]:
         ) from error
 
 
-def _stream_figures(parts: TrainerParts) -> dict[str, float]:
+def _stream_figures(parts: TrainerParts, config: RunConfig) -> dict[str, float]:
     stats, pool = parts.stream.stats, parts.pool.stats
+    elsewhere = config.placement.target in ("servers", "urls")
     return {
         "rows_in_flight": stats.rows_in_flight,
         "bytes_in_flight": stats.bytes_in_flight,
@@ -188,5 +191,7 @@ def _stream_figures(parts: TrainerParts) -> dict[str, float]:
         "server_deaths": pool.server_deaths,
         "queued_s": pool.queued_s,
         "target_s": pool.computed_s,
+        "target_tokens": sum(server.totals.tokens for server in pool.servers.values()),
+        "sessions": pool.servers_up if elsewhere else 0,
         "transfer_s": pool.transfer_s,
     }

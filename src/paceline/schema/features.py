@@ -77,7 +77,10 @@ class Features:
     finite: bool
     """Whether every returned number is finite, judged where it was computed."""
     queued_s: float = 0.0
+    """From its request until the engine worked on it."""
     computed_s: float = 0.0
+    """The engine's time for it alone: of rows in flight together no second counts twice, so that sums tell how busy
+    an engine is."""
     transfer_s: float = 0.0
     """From the head of the reply to its delivery; 0 in one process."""
     part: Part = WHOLE

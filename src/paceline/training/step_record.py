@@ -12,6 +12,7 @@ from torch import Tensor
 
 from paceline.drafts.interface import LossTerms
 from paceline.errors import PacelineError
+from paceline.observe.balance import BalanceWindow, across_ranks, judge
 from paceline.observe.metrics import Line
 from paceline.observe.spans import Spans
 from paceline.schema.rows import Row
@@ -111,6 +112,8 @@ class StepLog:
         """By draft: steps read so far that had no weight and changed nothing."""
         self._records: list[StepRecord] = []
         self._interval_start = time.perf_counter()
+        self._last_streams: list[dict[str, float]] = [{} for _ in range(ranks.num_ranks)]
+        """By rank: the stream's figures when the last interval ended."""
 
     def restart_interval(self) -> None:
         """Leave the time since the last step out of the next tokens/s (evaluation, a checkpoint)."""
@@ -123,6 +126,8 @@ class StepLog:
 
     def read(self) -> Iterator[Line]:
         """One line of metrics for each step since the last call, ordered by step; of all ranks, on each of them.
+
+        The last of them has the verdict on who held up whom since the last call.
 
         Raises:
             PacelineError: a loss or a gradient norm is not finite; names the step and the draft, after the lines of
@@ -137,8 +142,33 @@ class StepLog:
         steps = [_of_all_ranks([reads[number] for reads in everyone]) for number in range(len(records))]
         tokens_per_s = sum(step.sizes["tokens"] for step in steps) / interval_s
         self._interval_start = time.perf_counter()
+        verdict = self._judge(everyone, interval_s)
         for record, read in zip(records, steps, strict=True):
-            yield self._line(record, read, shared, tokens_per_s)
+            line = self._line(record, read, shared, tokens_per_s)
+            yield line | verdict if record is records[-1] else line
+
+    def _judge(self, everyone: list[list[_Read]], interval_s: float) -> Line:
+        """`balance` of an interval, from what each rank measured; nothing where streams do not tell about servers."""
+        before, self._last_streams = self._last_streams, [reads[-1].stream for reads in everyone]
+        if not all("sessions" in stream for stream in self._last_streams):
+            return {}
+        windows = []
+        for reads, old, new in zip(everyone, before, self._last_streams, strict=True):
+            seconds = _sum_by_name([read.seconds for read in reads])
+            windows.append(
+                BalanceWindow(
+                    wall_s=interval_s,
+                    tokens=sum(read.sizes["tokens"] for read in reads),
+                    data_wait_s=seconds.get("data_wait", 0.0),  # a rank may have had no row
+                    busy_s=sum(seconds.get(span, 0.0) for span in ("forward", "backward", "optimizer")),
+                    num_bytes=new["bytes_received"] - old.get("bytes_received", 0.0),
+                    target_tokens=new["target_tokens"] - old.get("target_tokens", 0.0),
+                    target_s=new["target_s"] - old.get("target_s", 0.0),
+                    server_s=interval_s * new["sessions"],
+                )
+            )
+        verdict = judge(across_ranks(windows), len(windows))
+        return {} if verdict is None else {"balance": verdict.to_line()}
 
     def _line(self, record: StepRecord, read: _Read, shared: Iterator[float], tokens_per_s: float) -> Line:
         drafts = {}

@@ -103,6 +103,8 @@ class HFEngine:
         self._closed = False
         self._outstanding: set[_Job] = set()
         """Rows that nobody has answered; whoever takes one out answers it."""
+        self._last_end_s = 0.0
+        """When the row before was done; the owner's alone."""
         self._lost: PacelineError | None = None
         self._on_lost: list[Callable[[PacelineError], None]] = []
         self._loading: Future[LoadedTarget] = Future()
@@ -342,6 +344,7 @@ class HFEngine:
         try:
             if launched.event is not None:
                 launched.event.synchronize()  # this row alone; the next one's kernels are already queued
+            begin_s, self._last_end_s = max(launched.started_s, self._last_end_s), time.monotonic()
             features = Features(
                 layers=job.spec.layers,
                 hidden=launched.tensors["hidden"],
@@ -351,8 +354,8 @@ class HFEngine:
                 logsumexp=launched.tensors.get("logsumexp"),
                 row_hash=job.request.row_hash(),
                 finite=bool(launched.finite),
-                queued_s=launched.started_s - job.submitted_s,
-                computed_s=time.monotonic() - launched.started_s,
+                queued_s=begin_s - job.submitted_s,
+                computed_s=self._last_end_s - begin_s,  # behind the row before it: rows overlap, their times do not
             )
         except RuntimeError as error:  # a kernel failed after it was queued
             self._fail_computed(job, _explain(error, job.request))

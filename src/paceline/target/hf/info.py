@@ -17,7 +17,7 @@ from paceline.target.hf.selftest import check_logits, measure_embedding_scale
 
 _KEPT_ROPE_TYPES = ("llama3", "yarn", "linear")
 _NEVER_COPIED = ("partial_rotary_factor", "mrope_section", "mrope_interleaved")
-_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _NORM_EPS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")
 _SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
@@ -45,7 +45,7 @@ def build_target_info(
         model_type=text.model_type,
         num_layers=len(parts.layers),
         hidden_size=text.hidden_size,
-        intermediate_size=_intermediate_size(text),
+        intermediate_size=dense_mlp_width(text),
         num_heads=num_heads,
         num_kv_heads=getattr(text, "num_key_value_heads", None) or num_heads,
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // num_heads,
@@ -104,8 +104,8 @@ def choose_mask_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> in
     return first_unused if first_unused < vocab_size else None
 
 
-def _intermediate_size(text: PretrainedConfig) -> int | None:
-    if any((getattr(text, name, None) or 0) > 1 for name in _EXPERT_COUNTS):
+def dense_mlp_width(text: PretrainedConfig) -> int | None:
+    if any((getattr(text, name, None) or 0) > 1 for name in EXPERT_COUNTS):
         return None
     return getattr(text, "intermediate_size", None)
 

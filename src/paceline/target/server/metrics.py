@@ -29,7 +29,6 @@ class ServerMetrics:
         self._forward_s = histogram("paceline_row_forward_seconds", "The engine's time for a row")
         self._send_s = histogram("paceline_row_send_seconds", "From computed features to the end of the reply")
         self._lock = threading.Lock()
-        self._last_end = 0.0
         self._spans: deque[tuple[float, float]] = deque()
         """(end, busy seconds) of recent rows, for the utilisation."""
         self._recent_s: deque[float] = deque(maxlen=_RECENT_ROWS)
@@ -46,14 +45,11 @@ class ServerMetrics:
         self._forward_s.observe(computed_s)
         now = time.monotonic()
         with self._lock:
-            # rows in flight together: time that the row before has counted is not counted again
-            busy_s = min(computed_s, now - self._last_end)
-            self._last_end = now
-            self._spans.append((now, busy_s))
-            self._recent_s.append(busy_s)
+            self._spans.append((now, computed_s))
+            self._recent_s.append(computed_s)
             while self._spans[0][0] < now - _WINDOW_S:
                 self._spans.popleft()
-        self._busy.inc(busy_s)
+        self._busy.inc(computed_s)
 
     def row_sent(self, num_tokens: int, num_bytes: int, send_s: float) -> None:
         """A row's reply has left."""

@@ -78,6 +78,8 @@ class VLLMEngine:
         self._lock = threading.Lock()
         self._rows: set[_Row] = set()
         self._closed = False
+        self._last_end_s = 0.0
+        """When the row before was packed; the packer's alone."""
         self._senders = ThreadPoolExecutor(num_requests, "vllm-request")
         self._packer = ThreadPoolExecutor(1, "vllm-packer", self._own_device)
         try:
@@ -209,6 +211,8 @@ class VLLMEngine:
         wanted = spec.final_hidden != "none" or spec.greedy or spec.logsumexp
         final = self._outer.norm(packed[:, -1]) if wanted else None
         tensors = self._outer.capture.complete(packed[:, slots], final, row.request, spec)
+        finite = bool(tensors["finite"])
+        begin_s, self._last_end_s = max(row.started_s, self._last_end_s), time.monotonic()
         return Features(
             layers=spec.layers,
             hidden=tensors["hidden"],
@@ -217,9 +221,9 @@ class VLLMEngine:
             final_index=tensors.get("final_index"),
             logsumexp=tensors.get("logsumexp"),
             row_hash=row.request.row_hash(),
-            finite=bool(tensors["finite"]),
-            queued_s=row.started_s - row.submitted_s,
-            computed_s=time.monotonic() - row.started_s,
+            finite=finite,
+            queued_s=begin_s - row.submitted_s,
+            computed_s=self._last_end_s - begin_s,  # rows are out together: their times do not overlap
         )
 
     def _end(self, row: _Row, outcome: Features | BaseException) -> None:
