@@ -1,5 +1,6 @@
 """One run on several trainer ranks: the losses of one rank, exact resume, also on another number of ranks."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 from forking import Commands
 from paceline.config.run import RunConfig
 from ranks import run_ranks
+from served import Served
+from talk import Talk
 from whole_run import lines, losses, run, run_config, same_weights, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -36,11 +39,16 @@ def alone(tmp_path_factory: pytest.TempPathFactory, tiny_target: Path, data: Pat
     return config
 
 
-def assert_close_runs(one: RunConfig, other: RunConfig) -> None:
-    """Losses within 1e-6, the same rows in every step, the same acceptance, weights that the order of sums explains."""
+def assert_same_rows(one: RunConfig, other: RunConfig) -> None:
     for ours, theirs in zip(lines(one), lines(other), strict=True):
         for size in ("step", "rows", "tokens", "supervised_tokens"):
             assert ours[size] == theirs[size]
+
+
+def assert_close_runs(one: RunConfig, other: RunConfig) -> None:
+    """Losses within 1e-6, the same rows in every step, the same acceptance, weights that the order of sums explains."""
+    assert_same_rows(one, other)
+    for ours, theirs in zip(lines(one), lines(other), strict=True):
         for name, figures in ours["drafts"].items():
             assert figures["loss"] == pytest.approx(theirs["drafts"][name]["loss"], rel=1e-6)
             assert figures["weight"] == pytest.approx(theirs["drafts"][name]["weight"], rel=1e-6)
@@ -70,6 +78,30 @@ def test_losses_do_not_depend_on_the_number_of_ranks(
     config = make_config("run", training__sharding=sharding)
     run_ranks(commands, config, num_ranks)
     assert_close_runs(config, alone)
+
+
+def num_forwards(server: Served) -> int:
+    """Rows that its engine has computed since it was started."""
+    page = Talk(server.url).ask("GET", "/metrics").body.decode()
+    count = re.search(r"^paceline_row_forward_seconds_count ([\d.e+]+)$", page, re.MULTILINE)
+    assert count, page
+    return round(float(count[1]))
+
+
+@pytest.mark.parametrize("num_ranks", [1, 4])
+def test_a_server_computes_each_row_once_whatever_the_number_of_ranks(
+    commands: Commands, alone: RunConfig, make_config: MakeConfig, target_servers: list[Served], num_ranks: int
+) -> None:
+    """One server: none is asked for a row a second time because it is slow."""
+    server = target_servers[0]
+    before = num_forwards(server)
+    config = make_config("run", placement__target="urls", placement__urls=[server.url], training__eval_every=0)
+    run_ranks(commands, config, num_ranks)
+    assert_same_rows(config, alone)
+    (evaluated,) = lines(config, "eval")
+    num_evaluated = 2
+    assert evaluated["step"] == len(lines(config))
+    assert num_forwards(server) - before == sum(line["rows"] for line in lines(config)) + num_evaluated
 
 
 @pytest.mark.parametrize(("num_ranks", "sharding"), [(3, "none"), pytest.param(3, "full", marks=pytest.mark.long)])
