@@ -123,11 +123,7 @@ def _run_trainer(config: RunConfig, run: Run, parts: TrainerParts, ranks: Ranks,
     training = config.training
     num_steps = num_planned_steps(parts.num_rows, training.rows_per_step, training.max_steps)
     with contextlib.ExitStack() as stack:
-        metrics: MetricsWriter = SilentMetrics()
-        if ranks.is_first:
-            views: list[View] = [build_progress(num_steps, console), BalanceLines()]
-            views += build_trackers(config.tracking, run.paths)
-            metrics = MetricsWriter(run.paths.metrics, views)
+        metrics = _open_metrics(config, run, ranks, num_steps, console)
         stack.callback(metrics.close)
         checkpoints = CheckpointStore(
             run.paths, run.run_id, training.keep_checkpoints, asynchronous=training.async_checkpoints, ranks=ranks
@@ -143,6 +139,17 @@ def _run_trainer(config: RunConfig, run: Run, parts: TrainerParts, ranks: Ranks,
             lambda: _stream_figures(parts, config),
         )
         return trainer.run()
+
+
+def _open_metrics(config: RunConfig, run: Run, ranks: Ranks, num_steps: int, console: Console) -> MetricsWriter:
+    """metrics.jsonl and its views; rank 0 has them, for all."""
+    metrics = None
+    if ranks.is_first:
+        views: list[View] = [build_progress(num_steps, console), BalanceLines()]
+        views += build_trackers(config.tracking, run.paths)
+        metrics = MetricsWriter(run.paths.metrics, views)
+    attempt = ranks.gather(metrics.attempt if metrics else 0)[0]
+    return metrics or SilentMetrics(attempt)
 
 
 def set_numerics(config: RunConfig, rank: int = 0) -> None:

@@ -75,8 +75,8 @@ class MetricsWriter:
 class SilentMetrics(MetricsWriter):
     """Writes nothing: that of every rank but the first."""
 
-    def __init__(self) -> None:
-        self.attempt = 0
+    def __init__(self, attempt: int) -> None:
+        self.attempt = attempt
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Drop the line."""
