@@ -33,6 +33,7 @@ from paceline.errors import (
     TransportError,
 )
 from paceline.schema.features import FeatureSpec
+from paceline.schema.parts import WHOLE, Part
 from paceline.schema.rows import RowRequest
 from paceline.schema.target_info import TargetInfo
 from paceline.transport.base import Delivery
@@ -65,6 +66,8 @@ class FeaturePool:
         settings: PoolConfig,
         expected: TargetInfo | None = None,
         *,
+        part: Part = WHOLE,
+        group: str | None = None,
         log_every_s: float = 30.0,
     ) -> None:
         """Return when one server is up; the others join when they can.
@@ -72,6 +75,9 @@ class FeaturePool:
         Args:
             specs: what rows may ask for, by name.
             expected: the target that the run was prepared for; None takes that of the first server that answers.
+            part: what streams ask for of each row.
+            group: for a part, what the ranks of a sequence-parallel group know and nobody else does: 32 to 64 hex
+                digits, drawn anew for each run. Servers compute a row once for all who know it.
             log_every_s: a wait for servers says so this often.
 
         Raises:
@@ -79,6 +85,8 @@ class FeaturePool:
             AuthorizationError: a server refuses our token.
             ServerLostError: no server was up within `settings.all_down_timeout_s`; names the reason of each.
         """
+        assert part == WHOLE or group is not None, "parts of rows are asked for by a group"
+        self.part = part
         self._specs = dict(specs)
         self._settings = settings
         self._log_every_s = log_every_s
@@ -98,7 +106,7 @@ class FeaturePool:
         self._dispatching = threading.local()
         self._closing = Closing(self.fail)
         self._clock = Clock("pool-clock", self.fail)
-        self._membership = Membership(servers, specs, expected, self._closing, self)
+        self._membership = Membership(servers, specs, expected, group, self._closing, self)
         try:
             self._info = self._membership.wait_for_first(settings.all_down_timeout_s, log_every_s)
         except BaseException:

@@ -279,8 +279,9 @@ class FeatureStream:
             position = self._positions[self._num_asked]
             row = self._rows(position)
             assert row.position == position, f"row source gave position {row.position} for {position}"
-            request = request_features(row, self._spec_name, self._pool.info.num_position_axes)
-            self._planned = _Planned(row, request, reply_bytes(request, self._spec, self._pool.info))
+            info, part = self._pool.info, self._pool.part
+            request = request_features(row, self._spec_name, info.num_position_axes, part)
+            self._planned = _Planned(row, request, reply_bytes(request, self._spec, info, part))
         return self._planned
 
     def _let_go_of_current(self) -> None:
