@@ -17,7 +17,6 @@ from paceline.client.server_list import FixedServers, MakeConnection
 from paceline.config.placement import PoolConfig
 from paceline.errors import ServerLostError
 from paceline.schema.features import Features, FeatureSpec
-from paceline.schema.parts import WHOLE, Part
 from paceline.schema.rows import Row, RowRequest
 from paceline.schema.target_info import TargetInfo
 from paceline.target.admission import Admission
@@ -145,17 +144,13 @@ class ChangingServers:
 
 
 @contextmanager
-def pool_of(
-    *servers: Server, listed: ChangingServers | None = None, part: Part = WHOLE, **settings: float
-) -> Iterator[FeaturePool]:
+def pool_of(*servers: Server, listed: ChangingServers | None = None, **settings: float) -> Iterator[FeaturePool]:
     """A pool over `servers`; in the end nothing of it is left: no thread, no row, no session."""
     before = set(threading.enumerate())
     source = listed or FixedServers({server.name: server.connect for server in servers})
     log_every_s = settings.pop("log_every_s", 30.0)
     try:
-        pool = FeaturePool(
-            source, SPECS, PoolConfig.model_validate(settings), part=part, group="ab" * 16, log_every_s=log_every_s
-        )
+        pool = FeaturePool(source, SPECS, PoolConfig.model_validate(settings), log_every_s=log_every_s)
         try:
             yield pool
         finally:

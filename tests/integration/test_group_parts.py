@@ -23,7 +23,7 @@ from paceline.client.server_list import FixedServers
 from paceline.config.placement import PoolConfig
 from paceline.errors import HandshakeError, ServerBusyError, WireError
 from paceline.schema.features import Features, FeatureSpec
-from paceline.schema.parts import Part, slice_features
+from paceline.schema.parts import WHOLE, Part, slice_features
 from paceline.schema.rows import RowRequest, request_features
 from paceline.target.groups import KeptBounds
 from paceline.target.server.server import TargetServer
@@ -176,19 +176,18 @@ def test_a_row_is_kept_for_a_bounded_time() -> None:
 def test_full_queues_hold_nobody_up_whose_row_is_computed_already() -> None:
     """One row in the engine, and of each session one unsent and one that waits: ranks that ask in opposite orders."""
     engine = SmallEngine(num_slots=1)
-    engine.hold(0)
+    engine.hold(0, 1)
     bounds = {"max_unsent_rows": 1, "max_queued_rows": 1}
     with serve(engine, **bounds) as server, group_on(server.url, 2) as (first, second):
-        orders = [(first, Part(0, 2), range(2)), (second, Part(1, 2), range(1, -1, -1))]
-        answers = [
-            (connection.request(request), request)
-            for connection, part, order in orders
-            for request in [asked(position, part) for position in order]
-        ]
+        answers = []
+        for connection, position, part in ((first, 0, 0), (first, 1, 0), (second, 1, 1), (second, 0, 1)):
+            request = asked(position, Part(part, 2))
+            answers.append((connection.request(request), request))
+            time.sleep(0.1)  # each comes by a connection of its own
         eventually(lambda: server.sessions.num_waiting() == 2, "the rows do not wait")
         with pytest.raises(ServerBusyError, match="1 rows of this session are waiting, 1 are allowed"):
             first.request(asked(2, Part(0, 2))).result(10)
-        engine.let_go(0)
+        engine.let_go(0, 1)
         assert all(is_right(answer, request, engine) for answer, request in answers)
         assert sorted(position for _, position in engine.submitted) == [0, 1]
 
@@ -228,6 +227,29 @@ def test_what_a_group_did_not_agree_on_is_refused_and_strangers_get_nothing_of_i
         assert len(engine.submitted) == 2
 
 
+def test_ranks_of_a_group_may_ask_for_whole_rows_besides() -> None:
+    """Evaluation: each rank has rows of its own."""
+    engine = SmallEngine()
+    with serve(engine) as server, group_on(server.url, 2) as connections:
+        for index, connection in enumerate(connections):
+            for position in range(4):
+                for part in (WHOLE, Part(index, 2)):
+                    assert is_right(connection.request(asked(position, part)), asked(position, part), engine)
+        assert figure(server, "paceline_computed_rows_total") == 4 + 2 * 4
+        eventually(lambda: figure(server, "paceline_row_parts_total") == 8, "a part is not counted")
+        assert figure(server, "paceline_kept_rows") == 0
+
+
+def test_the_time_of_a_row_is_shared_out_over_its_parts() -> None:
+    engine = SmallEngine(delay_s=lambda request: 0.4)
+    with serve(engine) as server, group_on(server.url, 4) as connections:
+        answers = [one.request(asked(0, Part(index, 4))) for index, one in enumerate(connections)]
+        times = [answer.result(10).features.computed_s for answer in answers]
+        assert sum(times) == pytest.approx(0.4, abs=0.1)
+        assert max(times) == min(times)
+        assert figure(server, "paceline_engine_busy_seconds_total") == pytest.approx(0.4, abs=0.1)
+
+
 def test_a_server_killed_between_two_parts_costs_one_computation_and_no_bit(
     commands: Commands, tiny_target: Path, tmp_path: Path
 ) -> None:
@@ -242,8 +264,8 @@ def test_a_server_killed_between_two_parts_costs_one_computation_and_no_bit(
         whole = whole_from.request(request).result(60).take()
         listed = FixedServers({url: lambda url=url: connect(url) for url in by_url})
         pools = []
-        for part in parts:
-            pools.append(FeaturePool(listed, SPECS, PoolConfig(), part=part, group=GROUP))
+        for _ in parts:
+            pools.append(FeaturePool(listed, SPECS, PoolConfig(), group=GROUP))
             stack.callback(pools[-1].close)
         for pool in pools:
             eventually(lambda pool=pool: pool.stats.servers_up == 2, "a server is not up")

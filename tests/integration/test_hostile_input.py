@@ -305,7 +305,6 @@ def test_parts_that_are_none_and_groups_of_others_are_refused_by_name(talk: Talk
         assert "part" in answer.error().message
     for asking, asked, words in (
         (session, replace(request, part=Part(0, 3)), "the group's rows have 2"),
-        (session, request, "in 1 parts, the group's rows have 2"),
         (outside, replace(request, part=Part(0, 2)), "a session of no group"),
     ):
         answer = talk.row(asking, asked)

@@ -33,7 +33,6 @@ from paceline.errors import (
     TransportError,
 )
 from paceline.schema.features import FeatureSpec
-from paceline.schema.parts import WHOLE, Part
 from paceline.schema.rows import RowRequest
 from paceline.schema.target_info import TargetInfo
 from paceline.transport.base import Delivery
@@ -66,7 +65,6 @@ class FeaturePool:
         settings: PoolConfig,
         expected: TargetInfo | None = None,
         *,
-        part: Part = WHOLE,
         group: str | None = None,
         log_every_s: float = 30.0,
     ) -> None:
@@ -75,9 +73,8 @@ class FeaturePool:
         Args:
             specs: what rows may ask for, by name.
             expected: the target that the run was prepared for; None takes that of the first server that answers.
-            part: what streams ask for of each row.
-            group: for a part, what the ranks of a sequence-parallel group know and nobody else does: 32 to 64 hex
-                digits, drawn anew for each run. Servers compute a row once for all who know it.
+            group: where rows are asked for in parts, what the ranks of this sequence-parallel group know and nobody
+                else does: 32 to 64 hex digits, drawn anew for each run. Servers compute a row once for all of them.
             log_every_s: a wait for servers says so this often.
 
         Raises:
@@ -85,8 +82,6 @@ class FeaturePool:
             AuthorizationError: a server refuses our token.
             ServerLostError: no server was up within `settings.all_down_timeout_s`; names the reason of each.
         """
-        assert part == WHOLE or group is not None, "parts of rows are asked for by a group"
-        self.part = part
         self._specs = dict(specs)
         self._settings = settings
         self._log_every_s = log_every_s

@@ -18,8 +18,8 @@ from paceline.target.admission import Admission
 
 _MAX_DROPPED = 1024
 """Remembered of one group."""
-RowKey = tuple[int, str]
-"""Position and hash: the spec's name is part of the hash, and members of a group register equal specs."""
+RowKey = tuple[int, str, int]
+"""Position, hash, and number of parts. The spec's name is in the hash, and members of a group register equal specs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +41,7 @@ class _Waiter:
 
 @dataclass(slots=True, eq=False)
 class _Row:
+    num_parts: int
     captured: Future[Features] | None
     """Of admission; None once it is done: together they would outlive the row."""
     waiters: list[_Waiter] = field(default_factory=list)
@@ -61,7 +62,7 @@ class _Group:
     session: str
     """Admission's, one for the whole group: it takes one turn, however many ranks it has."""
     num_parts: int | None = None
-    """As the first part that was asked for said."""
+    """As the first part that was asked for said; whole rows may be asked for besides."""
     members: set[GroupMember] = field(default_factory=set)
     rows: dict[RowKey, _Row] = field(default_factory=dict)
     """Being computed, or kept; the one asked for first is the first."""
@@ -149,20 +150,22 @@ class RowGroups:
     def submit(self, member: GroupMember, request: RowRequest) -> Future[Features]:
         """See GroupMember.submit."""
         answer: Future[Features] = Future()
-        row_key = (request.position, request.row_hash())
+        num_parts = request.part.count
+        row_key = (request.position, request.row_hash(), num_parts)
         group, captured = member.group, None
         with self._lock:
             if member not in group.members:
                 raise StoppedError(f"the session is closed: row {request.position} is not taken")
-            group.num_parts = group.num_parts or request.part.count
-            if request.part.count != group.num_parts:
-                raise WireError(
-                    f"row {request.position} is asked for in {request.part.count} parts, the group's rows have "
-                    f"{group.num_parts}"
-                )
+            if num_parts > 1:
+                group.num_parts = group.num_parts or num_parts
+                if num_parts != group.num_parts:
+                    raise WireError(
+                        f"row {request.position} is asked for in {num_parts} parts, the group's rows have "
+                        f"{group.num_parts}"
+                    )
             row = group.rows.get(row_key)
             if row is None:
-                row = _Row(self._admission.submit(group.session, replace(request, part=WHOLE)))
+                row = _Row(num_parts, self._admission.submit(group.session, replace(request, part=WHOLE)))
                 row.taken = group.dropped.pop(row_key, set())
                 group.rows[row_key] = row
                 captured = row.captured
@@ -241,7 +244,7 @@ class RowGroups:
 
     def _note_taken(self, group: _Group, row_key: RowKey, row: _Row, parts: set[int]) -> None:
         row.taken |= parts
-        if len(row.taken) == group.num_parts:
+        if len(row.taken) == row.num_parts:
             _drop(group, row_key)
 
     def _keep_bounds(self) -> None:

@@ -310,6 +310,8 @@ class Session:
             return
         request = work.request
         part = requested_part(request, self._specs[request.spec], features)
+        if part is not features:
+            part.computed_s /= request.part.count  # so that the parts of a row add up to its time
         reply = self.opened.sender.send(request.position, part)
         if not work.answer(reply):
             work.finish(reply, sent=False)
