@@ -86,8 +86,8 @@ class FaultyConnection:
     def info(self) -> TargetInfo:
         return self._connection.info()
 
-    def open_session(self, specs: Mapping[str, FeatureSpec]) -> None:
-        self._connection.open_session(specs)
+    def open_session(self, specs: Mapping[str, FeatureSpec], group: str | None = None) -> None:
+        self._connection.open_session(specs, group)
 
     def abort(self) -> None:
         self._connection.abort()

@@ -104,9 +104,9 @@ class ServerConnection(LocalConnection[Features]):
         self._at.check()
         return super().info()
 
-    def open_session(self, specs: Mapping[str, FeatureSpec]) -> None:
+    def open_session(self, specs: Mapping[str, FeatureSpec], group: str | None = None) -> None:
         self._at.check()
-        super().open_session(specs)
+        super().open_session(specs, group)
         self._at.welcome(self)
 
     def request(self, request: RowRequest) -> Future[Delivery]:

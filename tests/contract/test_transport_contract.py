@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import gc
+import math
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +21,7 @@ import torch
 from paceline.client.connection import Connection, LocalConnection
 from paceline.errors import PacelineError, ServerLostError, StoppedError, TransportError
 from paceline.schema.features import Features, FeatureSpec
+from paceline.schema.parts import Part
 from paceline.schema.rows import Row, RowRequest, request_features
 from paceline.target.admission import Admission
 from paceline.transport.base import Delivery
@@ -103,6 +107,37 @@ def test_every_bit_of_every_dtype_and_spec_arrives(kind: str, dtype: str, tmp_pa
             assert (features.layers, features.finite) == (spec.layers, True)
             delivery.release()
             assert features.num_tokens == 0
+
+
+def part_of(features: Features, num_tokens: int, part: Part, halo: int) -> Features:
+    """What a part must hold, cut out token by token."""
+    per_part = math.ceil(num_tokens / part.count)
+    own = [token for token in range(num_tokens) if token // per_part == part.index]
+    wide = [*own, *range(own[-1] + 1, min(own[-1] + 1 + halo, num_tokens))] if own else []
+    tensors = features.tensors()
+    cut: dict[str, Any] = {name: tensors[name][wide] for name in ("greedy", "logsumexp") if name in tensors}
+    if features.final_index is not None:
+        inside = [place for place, token in enumerate(features.final_index.tolist()) if token in wide]
+        cut |= {name: tensors[name][inside] for name in ("final_hidden", "final_index")}
+    return replace(features, hidden=features.hidden[own], part=part, **cut)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parts_arrive_bit_for_bit_and_are_the_whole_row_together(kind: str, tmp_path: Path) -> None:
+    specs = {name: replace(spec, halo=number % 4) for number, (name, spec) in enumerate(SPECS.items())}
+    with path(kind, RandomEngine("bfloat16"), tmp_path) as connection:
+        connection.open_session(specs, "ab" * 16)
+        for number, (name, spec) in enumerate(specs.items()):
+            row = small_row(0, num_tokens=(5, 9, 64, 301)[number % 4])
+            whole = random_features(row, spec, "bfloat16", seed=number)
+            request = replace(request_features(row, name), position=number)
+            parts = [Part(index, 4) for index in range(4)]
+            asked = [connection.request(replace(request, part=part)) for part in parts]
+            received = [answer.result(30).take() for answer in asked]
+            for part, features in zip(parts, received, strict=True):
+                assert same_bits(features, part_of(whole, row.num_tokens, part, spec.halo)), (name, part)
+                assert (features.part, features.row_hash) == (part, request.row_hash())
+            assert torch.equal(torch.cat([features.hidden for features in received]), whole.hidden)
 
 
 @pytest.mark.parametrize("kind", KINDS)

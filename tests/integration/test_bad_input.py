@@ -101,6 +101,23 @@ def test_all_mistakes_of_a_configuration_are_told_at_once(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, 'sequence_parallel = 2 with placement.target = "inline": .* "servers" or "urls"'),
+        ({"placement__target": "servers", "placement__num_trainers": 3}, "= 2 does not divide .*num_trainers = 3"),
+        ({"placement__target": "servers", "placement__launcher": "ray"}, "= 2 does not divide .*num_trainers = 1"),
+    ],
+)
+def test_groups_of_ranks_that_cannot_be_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run_config(tmp_path, tmp_path, tmp_path, training__sequence_parallel=2, **changes)
+    servers = {"training__sequence_parallel": 2, "placement__target": "servers", "placement__num_trainers": 4}
+    assert run_config(tmp_path, tmp_path, tmp_path, **servers).training.sequence_parallel == 2
+    elsewhere = {**servers, "placement__launcher": "external", "placement__num_trainers": 1}
+    assert run_config(tmp_path, tmp_path, tmp_path, **elsewhere).placement.num_trainers == 1
+
+
+@pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
         ({"data__train": "/no/file.jsonl"}, DataError, r"/no/file\.jsonl does not exist"),

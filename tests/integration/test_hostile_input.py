@@ -11,6 +11,7 @@ import re
 import secrets
 import socket
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 
 from forking import Commands
+from paceline.schema.parts import Part
 from paceline.schema.protocol import CHECKSUM_HEADER, MAX_CONTROL_BYTES, PROTOCOL_VERSION, SessionReply
 from paceline.schema.rows import RowRequest
 from paceline.schema.wire import encode_request
@@ -264,6 +266,7 @@ def test_garbled_control_calls_are_refused_without_their_secrets_told(talk: Talk
         "client": {"host_id": "here", "device": "cpu"},
         "offers": [{"name": "http"}],
         "lease_s": 5,
+        "group": "ab" * 16,
     }
     bodies = [b"", b"null", b"[]", b"{", b"\xff", b"[" * 100_000, b'{"protocol":' * 1000, b"9" * 10_000]
     for _ in range(500):
@@ -284,6 +287,50 @@ def test_garbled_control_calls_are_refused_without_their_secrets_told(talk: Talk
     leaky = talk.ask("POST", "/v1/sessions", json.dumps({**right, "secret": "my-password"}).encode())
     assert (leaky.status, "my-password" in leaky.error().message) == (400, False)
     check_serves(talk)
+
+
+def test_parts_that_are_none_and_groups_of_others_are_refused_by_name(talk: Talk) -> None:
+    group = secrets.token_hex(16)
+    session, outside, other = talk.session(group=group), talk.session(), talk.session(group=secrets.token_hex(16))
+    request = tiny_request((5, 7), spans=[(1, 4)])
+    table, data = split_body(encode_request(replace(request, part=Part(1, 2))))
+    assert post_row(talk, session, join_body(table, data)).status == 200
+    for part, num_parts in (
+        ("2", "2"), ("-1", "2"), ("0", "0"), ("0", "65"), ("0", "1" + "0" * 4000), ("x", "2"), (None, "2"), ([], {}),
+        ("1", "1e3"), (1e308, "2"), ("0", float("inf")), ("9" * 5000, "2"), (True, "\ud800"),
+    ):  # fmt: skip
+        changed = {**table, "__metadata__": {**table["__metadata__"], "part": part, "num_parts": num_parts}}
+        answer = post_row(talk, session, join_body(changed, data))
+        assert (answer.status, answer.error().error) == (400, "wrong_request"), (part, num_parts)
+        assert "part" in answer.error().message
+    for asking, asked, words in (
+        (session, replace(request, part=Part(0, 3)), "the group's rows have 2"),
+        (outside, replace(request, part=Part(0, 2)), "a session of no group"),
+    ):
+        answer = talk.row(asking, asked)
+        assert (answer.status, answer.error().error) == (400, "wrong_request"), words
+        assert words in answer.error().message
+    disagreeing = talk.open(group=group, specs={"training": {"layers": [2]}})
+    assert (disagreeing.status, disagreeing.error().error) == (409, "handshake")
+    assert group not in disagreeing.error().message
+    for wrong in ("", "ab", "AB" * 16, "zz" * 16, "a" * 65, "../" * 11, 7, [group], {"key": group}):
+        answer = talk.open(group=wrong)
+        assert (answer.status, answer.error().error) == (400, "wrong_request"), wrong
+        assert "group" in answer.error().message
+    num_computed = computed_rows(talk)
+    assert talk.row(other, replace(request, part=Part(1, 2))).status == 200  # its own row, not that of the first group
+    assert computed_rows(talk) == num_computed + 1
+    for key in (outside.key, other.key):
+        stolen = talk.row(session.model_copy(update={"key": key}), replace(request, part=Part(0, 2)))
+        assert (stolen.status, stolen.error().error) == (403, "unauthorized")
+    check_serves(talk)
+
+
+def computed_rows(talk: Talk) -> float:
+    (value,) = re.findall(
+        r"^paceline_computed_rows_total (\S+)$", talk.ask("GET", "/metrics").body.decode(), re.MULTILINE
+    )
+    return float(value)
 
 
 def test_what_is_no_http_is_answered_or_cut_off(server: Served, talk: Talk) -> None:

@@ -6,6 +6,7 @@ import io
 import logging
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,22 @@ from rich.console import Console
 from safetensors.torch import load as load_bytes
 
 from forking import Commands
+from paceline.client.checks import check_reply
+from paceline.client.recorded import RecordedConnection
 from paceline.client.recording import Recording, read_manifest
 from paceline.config.loading import build_config
 from paceline.config.run import RunConfig
 from paceline.config.run_dir import RunDir
+from paceline.data.prepared import load_prepared
+from paceline.data.rows import RowSource
 from paceline.errors import ConfigError, DataError, HandshakeError
 from paceline.launch.export import export_run
 from paceline.launch.record import RecordOptions, record
+from paceline.schema.features import FeatureSpec, FinalHidden
+from paceline.schema.parts import Part, slice_features
 from paceline.schema.recording import RecordingDir, RecordingManifest
+from paceline.schema.rows import request_features
+from paceline.transport.buffers import HostBuffers
 from served import Served
 from tiny import save_tiny_target
 from whole_run import QuietSignals, StopsAfter, lines, losses, run, run_config, run_table, same_weights, write_data
@@ -140,6 +149,30 @@ def test_a_run_may_go_on_from_disk(
     assert run(config).status == "finished"
     assert losses(config) == losses(online)
     assert same_weights(config, online)
+
+
+@pytest.mark.parametrize("final_hidden", ["none", "supervised"])
+def test_parts_of_a_recorded_row_are_the_row(recorded: Path, final_hidden: FinalHidden) -> None:
+    recording = Recording(recorded)
+    prepared = load_prepared(recording.paths.rows(recording.manifest.data_fingerprint))
+    row = RowSource(prepared.train, prepared.train_plan, 0).row(0)
+    spec = FeatureSpec(recording.spec.layers[1:], final_hidden, recording.spec.greedy, halo=3)
+    connection = RecordedConnection(recording, HostBuffers(1 << 20), torch.device("cpu"))
+    connection.open_session({"training": spec}, "ab" * 16)
+    try:
+        request = request_features(row, "training", recording.info.num_position_axes)
+        whole = connection.request(request).result(20).take()
+        assert whole.num_tokens == row.num_tokens > 20
+        parts = [Part(index, 3) for index in range(3)]
+        for part in parts:
+            asked = replace(request, part=part)
+            features = connection.request(asked).result(20).take()
+            check_reply("recording", asked, spec, recording.info, features)
+            expected = slice_features(whole, row.num_tokens, part, 3).tensors()
+            assert features.tensors().keys() == expected.keys()
+            assert all(torch.equal(features.tensors()[name], tensor) for name, tensor in expected.items())
+    finally:
+        connection.close()
 
 
 def test_a_row_of_a_shard_is_a_file_that_safetensors_reads(recorded: Path) -> None:

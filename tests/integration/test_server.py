@@ -174,7 +174,7 @@ def test_a_client_of_another_protocol_or_target_is_refused_with_both_sides_named
         renamed = talk.open(target={**here, "name": "a copy elsewhere"})
         assert renamed.status == 200
         cases: list[tuple[dict[str, object], list[str]]] = [
-            ({"protocol": 99, "unheard_of": True}, ["protocol 1", "protocol 99"]),
+            ({"protocol": 99, "unheard_of": True}, ["protocol 2", "protocol 99"]),
             ({"target": {**here, "weight_fingerprint": "other"}}, ["weight_fingerprint", "'w'", "'other'"]),
             ({"target": {**here, "tokenizer_fingerprint": "x"}}, ["tokenizer_fingerprint", "'t'", "'x'"]),
             ({"target": {**here, "dtype": "bfloat16"}}, ["dtype", "'float32'", "'bfloat16'"]),

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 
-from paceline.client.checks import check_reply, check_specs, check_target
+from paceline.client.checks import check_header, check_reply, check_specs, check_target
 from paceline.errors import CaptureMismatchError, HandshakeError
-from paceline.schema.features import Features, FeatureSpec
-from paceline.schema.layout import reply_bytes
+from paceline.schema.features import Features, FeatureSpec, FinalHidden
+from paceline.schema.layout import reply_bytes, reply_layout
+from paceline.schema.parts import Part, requested_part
 from paceline.schema.rows import request_features
 from paceline.schema.target_info import LogitTransform
+from paceline.transport.feature_bytes import describe
 from small_engine import HIDDEN_SIZE, SmallEngine, small_info, small_row
 
 SPEC = FeatureSpec((1, 4), final_hidden="supervised", greedy=True, logsumexp=True)
@@ -127,3 +130,42 @@ def test_all_differences_are_told_at_once() -> None:
 def test_capture_layers_that_do_not_exist_are_refused() -> None:
     with pytest.raises(HandshakeError, match=r"'training' ask for capture layers \[6\], server-1 has 0\.\.5"):
         check_specs("server-1", small_info(), {"training": FeatureSpec((5, 6))})
+
+
+WIDE = replace(SPEC, halo=2)
+
+
+@pytest.mark.parametrize("final_hidden", ["none", "supervised", "all"])
+def test_the_right_part_passes_and_another_part_or_its_halo_does_not(final_hidden: FinalHidden) -> None:
+    spec = replace(WIDE, final_hidden=final_hidden)
+    engine = SmallEngine()
+    whole = engine.capture(REQUEST, spec).result(10)
+    engine.close()
+    for part in (Part(index, 5) for index in range(5)):  # [0, 2), [2, 4), [4, 6), [6, 7), none
+        request = replace(REQUEST, part=part)
+        right = requested_part(request, spec, whole)
+        check_reply("server-0", request, spec, small_info(), right)
+        header, layout = describe(3, right)
+        assert layout == reply_layout(request, spec, small_info(), part)
+        check_header("server-0", request, spec, small_info(), header)
+    request = replace(REQUEST, part=Part(1, 5))
+    right = requested_part(request, spec, whole)
+    other = requested_part(replace(REQUEST, part=Part(2, 5)), spec, whole)
+    assert whole.greedy is not None
+    cases = [
+        (whole, "with part 0 of 1, part 1 of 5 was asked for"),
+        (other, "with part 2 of 5, part 1 of 5 was asked for"),
+        (replace(right, hidden=right.hidden[:1]), "with 1 tokens, 2 were sent"),
+        (replace(right, greedy=whole.greedy[2:4]), r"greedy int32\[2\], expected int32\[4\]"),
+    ]
+    if right.final_index is not None:
+        expected = {"all": [2, 3, 4, 5], "supervised": [3, 4, 5]}[final_hidden]
+        assert right.final_index.tolist() == expected
+        message = rf"final_index\[0\] = {expected[0] + 1}, expected {expected[0]}"
+        cases.append((replace(right, final_index=right.final_index + 1), message))
+    for wrong, message in cases:
+        with pytest.raises(CaptureMismatchError, match=message):
+            check_reply("server-0", request, spec, small_info(), wrong)
+    header, _ = describe(3, other)
+    with pytest.raises(CaptureMismatchError, match="with part 2 of 5, part 1 of 5 was asked for"):
+        check_header("server-0", request, spec, small_info(), header)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from paceline.errors import DamagedError, WireError
 from paceline.schema.features import FeatureSpec
+from paceline.schema.parts import Part
 from paceline.schema.protocol import ReplyHeader
 from paceline.schema.rows import request_features
 from paceline.schema.wire import LENGTH_BYTES, decode_reply_head, decode_request, encode_reply_head, encode_request
@@ -23,7 +24,7 @@ from small_engine import small_row
 
 MAX_TOKENS = 64
 ROW = small_row(3, num_tokens=20)
-REQUEST = encode_request(request_features(ROW, "training"))
+REQUEST = encode_request(request_features(ROW, "training", part=Part(1, 3)))
 HEADER, LAYOUT = describe(3, random_features(ROW, FeatureSpec((1, 3), "supervised", greedy=True, logsumexp=True)))
 HEAD = encode_reply_head(HEADER, LAYOUT)[LENGTH_BYTES:]
 
@@ -124,6 +125,19 @@ def test_made_up_tables_are_refused(table: object, data: bytes, wrong_by: int) -
     text = json.dumps(table).encode()
     accepted_request(struct.pack("<Q", max(0, len(text) + wrong_by)) + text + data)
     accepted_head(text)
+
+
+@settings(max_examples=300, deadline=None)
+@given(JSON_VALUES | st.integers(-2, 70).map(str), JSON_VALUES | st.integers(-2, 70).map(str))
+def test_made_up_parts_are_refused_unless_they_are_some(part: object, num_parts: object) -> None:
+    (length,) = struct.unpack("<Q", REQUEST[:8])
+    table = json.loads(REQUEST[8 : 8 + length])
+    table["__metadata__"] |= {"part": part, "num_parts": num_parts}
+    text = json.dumps(table).encode()
+    body = struct.pack("<Q", len(text)) + text + REQUEST[8 + length :]
+    if accepted_request(body):
+        asked = decode_request(body, MAX_TOKENS).part
+        assert 0 <= asked.index < asked.count <= 64
 
 
 @settings(max_examples=500, deadline=None)

@@ -7,8 +7,11 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+import xxhash
+
 from paceline.client.connection import Connection, HoldsSomeRows
 from paceline.schema.features import FeatureSpec
+from paceline.schema.parts import WHOLE
 from paceline.schema.rows import RowRequest
 from paceline.transport.base import Delivery
 
@@ -120,7 +123,7 @@ class Assignments:
                 link = self._place_alone(order, now)
                 open_links = self._open_links(now)  # one may be reserved by now
             else:
-                link = _choose(open_links, order)
+                link = self._choose(order, open_links, now)
             if link is not None:
                 del self.waiting[i]
                 return self._put_out(Attempt(order, link, now, alone=order.must_be_alone))
@@ -132,7 +135,7 @@ class Assignments:
         for attempt in sorted(slow, key=lambda attempt: attempt.order.place):
             request = attempt.order.request
             others = [link for link in self._open_links(now) if link is not attempt.link and link.can_answer(request)]
-            link = _least_work(others)
+            link = _best(others, request)
             if link is not None:
                 attempt.order.hedged = True
                 yield self._put_out(Attempt(attempt.order, link, now, is_hedge=True))
@@ -181,11 +184,22 @@ class Assignments:
     def _open_links(self, now: float) -> list[Link]:
         return [link for link in self.links.values() if link.reserved_for is None and link.paused_until <= now]
 
+    def _choose(self, order: Order, open_links: list[Link], now: float) -> Link | None:
+        """Whoever holds the row, else the best server; who lost it last only if there is no other."""
+        links = open_links
+        if order.request.part != WHOLE:
+            # one with a full queue is waited for: elsewhere the row would be computed once more
+            links = [link for link in self.links.values() if link.reserved_for is None]
+        able = [link for link in links if link.can_answer(order.request)]
+        able = [link for link in able if link is not order.avoid] or able
+        link = _best([link for link in able if not link.is_server] or able, order.request)
+        return link if link is not None and link.paused_until <= now else None
+
     def _place_alone(self, order: Order, now: float) -> Link | None:
         """The server reserved for `order`, once nothing else is out there."""
         if order.alone_at is None:
             able = [link for link in self.links.values() if link.can_answer(order.request)]
-            order.alone_at = _least_work([link for link in able if link.reserved_for is None])
+            order.alone_at = _best([link for link in able if link.reserved_for is None], order.request)
             if order.alone_at is not None:
                 order.alone_at.reserved_for = order
         link = order.alone_at
@@ -207,11 +221,21 @@ class Assignments:
         return attempt
 
 
-def _choose(links: list[Link], order: Order) -> Link | None:
-    """Whoever holds the row, else the server with the least work; who lost it last only if there is no other."""
-    able = [link for link in links if link.can_answer(order.request)]
-    able = [link for link in able if link is not order.avoid] or able
-    return _least_work([link for link in able if not link.is_server] or able)
+def _best(links: list[Link], request: RowRequest) -> Link | None:
+    """The server with the least work; for a part of a row the one that all ranks of its group choose."""
+    return _least_work(links) if request.part == WHOLE else _meeting_place(links, request.position)
+
+
+def _meeting_place(links: list[Link], position: int) -> Link | None:
+    """Rendezvous hashing: whoever knows the same servers chooses the same one, without asking anybody.
+
+    A server that joins or is lost moves its own share of the rows only. Ranks that disagree for a moment have a row
+    computed twice, as does a hedge: the second server computes it for the rank that asked it, and for others whose
+    hedges meet there.
+    """
+    return max(
+        links, key=lambda link: (xxhash.xxh3_64_intdigest(f"{position}|{link.name}".encode()), link.name), default=None
+    )
 
 
 def _least_work(links: list[Link]) -> Link | None:

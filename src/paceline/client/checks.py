@@ -9,6 +9,7 @@ import numpy as np
 from paceline.errors import CaptureMismatchError, HandshakeError
 from paceline.schema.features import Features, FeatureSpec
 from paceline.schema.layout import TensorLayout, layout_bytes, reply_layout
+from paceline.schema.parts import Part, part_range, part_reach
 from paceline.schema.protocol import ReplyHeader
 from paceline.schema.rows import RowRequest
 from paceline.schema.target_info import TargetInfo
@@ -22,8 +23,10 @@ def check_reply(server: str, request: RowRequest, spec: FeatureSpec, info: Targe
             names both values.
     """
     where = f"{server} answered row {request.position} (features {request.spec!r})"
-    if features.num_tokens != len(request.tokens):
-        raise CaptureMismatchError(_other_tokens(where, features.num_tokens, len(request.tokens)))
+    if features.part != request.part:
+        raise CaptureMismatchError(f"{where} with {_named(features.part)}, {_named(request.part)} was asked for")
+    if features.num_tokens != (num_tokens := _num_tokens(request)):
+        raise CaptureMismatchError(_other_tokens(where, features.num_tokens, num_tokens))
     row_hash = request.row_hash()
     if features.row_hash != row_hash:
         raise CaptureMismatchError(f"{where} for the row of hash {features.row_hash}, {row_hash} was sent")
@@ -41,7 +44,7 @@ def check_reply(server: str, request: RowRequest, spec: FeatureSpec, info: Targe
 
 
 def _check_tensors(where: str, request: RowRequest, spec: FeatureSpec, info: TargetInfo, features: Features) -> None:
-    expected = reply_layout(request, spec, info)
+    expected = reply_layout(request, spec, info, request.part)
     received = features.tensors()
     if received.keys() != expected.keys():
         raise CaptureMismatchError(
@@ -57,7 +60,7 @@ def _check_tensors(where: str, request: RowRequest, spec: FeatureSpec, info: Tar
 
 
 def _check_ranges(where: str, request: RowRequest, spec: FeatureSpec, info: TargetInfo, features: Features) -> None:
-    if features.greedy is not None:
+    if features.greedy is not None and len(features.greedy):  # a part may be empty
         greedy = features.greedy.cpu().numpy()
         if greedy.min() < 0 or greedy.max() >= info.vocab_size:
             raise CaptureMismatchError(
@@ -76,9 +79,24 @@ def _check_ranges(where: str, request: RowRequest, spec: FeatureSpec, info: Targ
 
 
 def _final_index(request: RowRequest, spec: FeatureSpec) -> np.ndarray:
-    if spec.final_hidden == "all" or not len(request.spans):
-        return np.arange(len(request.tokens) if spec.final_hidden == "all" else 0)
-    return np.concatenate([np.arange(start, end) for start, end in request.spans])
+    first, end = part_reach(len(request.tokens), request.part, spec.halo)
+    index = np.arange(first, end)
+    if spec.final_hidden == "all":
+        return index
+    supervised = np.zeros(len(request.tokens), np.bool_)
+    for span_start, span_end in request.spans:
+        supervised[span_start:span_end] = True
+    return index[supervised[first:end]]
+
+
+def _num_tokens(request: RowRequest) -> int:
+    """Of the part that is asked for."""
+    start, end = part_range(len(request.tokens), request.part)
+    return end - start
+
+
+def _named(part: Part) -> str:
+    return f"part {part.index} of {part.count}"
 
 
 def check_header(server: str, request: RowRequest, spec: FeatureSpec, info: TargetInfo, header: ReplyHeader) -> None:
@@ -88,13 +106,17 @@ def check_header(server: str, request: RowRequest, spec: FeatureSpec, info: Targ
         CaptureMismatchError: token count, layers, tensors, dtypes, shapes or places are others; names both sides.
     """
     where = f"{server} answered row {request.position} (features {request.spec!r})"
-    if header.num_tokens != len(request.tokens):
-        raise CaptureMismatchError(_other_tokens(where, header.num_tokens, len(request.tokens)))
+    if (header.part, header.num_parts) != (request.part.index, request.part.count):
+        raise CaptureMismatchError(
+            f"{where} with part {header.part} of {header.num_parts}, {_named(request.part)} was asked for"
+        )
+    if header.num_tokens != (num_tokens := _num_tokens(request)):
+        raise CaptureMismatchError(_other_tokens(where, header.num_tokens, num_tokens))
     if header.layers != spec.layers:
         raise CaptureMismatchError(
             f"{where} with capture layers {list(header.layers)}, {list(spec.layers)} were asked for"
         )
-    expected = reply_layout(request, spec, info)
+    expected = reply_layout(request, spec, info, request.part)
     if header.tensors.keys() != expected.keys():
         raise CaptureMismatchError(
             f"{where} with tensors {', '.join(sorted(header.tensors))}; {', '.join(sorted(expected))} were asked for"
@@ -103,12 +125,8 @@ def check_header(server: str, request: RowRequest, spec: FeatureSpec, info: Targ
         announced = header.tensors[name].layout()
         if announced != layout:
             raise CaptureMismatchError(f"{where} with {name} {_shown(announced)}, expected {_shown(layout)}")
-    parts = (header.part, header.num_parts, header.num_bytes)
-    if parts != (0, 1, layout_bytes(expected)):
-        raise CaptureMismatchError(
-            f"{where} with part {header.part} of {header.num_parts} and {header.num_bytes} bytes, expected part 0 of 1 "
-            f"and {layout_bytes(expected)} bytes"
-        )
+    if header.num_bytes != layout_bytes(expected):
+        raise CaptureMismatchError(f"{where} with {header.num_bytes} bytes, expected {layout_bytes(expected)}")
 
 
 def _shown(layout: TensorLayout) -> str:

@@ -10,6 +10,7 @@ from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 from paceline.errors import ServerLostError, StoppedError
 from paceline.schema.features import Features, FeatureSpec
+from paceline.schema.parts import requested_part
 from paceline.schema.rows import RowRequest
 from paceline.schema.target_info import TargetInfo
 from paceline.transport.base import Delivery, Receiver, Sender
@@ -27,8 +28,12 @@ class Connection(Protocol):
     def info(self) -> TargetInfo:
         """The server's facts about its target."""
 
-    def open_session(self, specs: Mapping[str, FeatureSpec]) -> None:
+    def open_session(self, specs: Mapping[str, FeatureSpec], group: str | None = None) -> None:
         """Register what rows may ask for; once, before the first request.
+
+        Args:
+            group: the secret of the sequence-parallel group whose ranks ask for parts of the same rows, so that a
+                server computes each once; None where rows are asked for whole.
 
         Raises:
             ConfigError: a spec that the target cannot serve.
@@ -69,7 +74,8 @@ class RowServer(Protocol):
 class LocalConnection(Generic[ParcelT]):
     """A session on a server in this process; both ends of its channel are here.
 
-    The sender runs on the thread that resolves the server's future, and the receiver right after it.
+    The sender runs on the thread that resolves the server's future, and the receiver right after it. Of a group there
+    is only one rank in a process, so each part is cut out of a row that was computed for it alone.
     """
 
     def __init__(
@@ -80,6 +86,7 @@ class LocalConnection(Generic[ParcelT]):
         self._sender = sender
         self._receiver = receiver
         self._session: str | None = None
+        self._specs: dict[str, FeatureSpec] = {}
         self._lock = threading.Lock()
         """Guards what `abort` touches: `_outstanding`, `_aborted`."""
         self._outstanding: dict[Future[Delivery], int] = {}
@@ -94,9 +101,11 @@ class LocalConnection(Generic[ParcelT]):
     def info(self) -> TargetInfo:
         return self._server.info()
 
-    def open_session(self, specs: Mapping[str, FeatureSpec]) -> None:
+    def open_session(self, specs: Mapping[str, FeatureSpec], group: str | None = None) -> None:
+        del group
         assert self._session is None, "a session is opened once"
         self._session = self._server.open_session(specs)
+        self._specs = dict(specs)
 
     def request(self, request: RowRequest) -> Future[Delivery]:
         if self._closed:
@@ -113,15 +122,16 @@ class LocalConnection(Generic[ParcelT]):
         except BaseException:
             self._take_back(answer)
             raise
-        captured.add_done_callback(partial(self._deliver, answer, request.position))
+        captured.add_done_callback(partial(self._deliver, answer, request))
         return answer
 
-    def _deliver(self, answer: Future[Delivery], position: int, captured: Future[Features]) -> None:
+    def _deliver(self, answer: Future[Delivery], request: RowRequest, captured: Future[Features]) -> None:
         error = captured.exception()
         delivery: Delivery | None = None
         if error is None:
             try:
-                delivery = self._receiver.receive(self._sender.send(position, captured.result()))
+                features = requested_part(request, self._specs[request.spec], captured.result())
+                delivery = self._receiver.receive(self._sender.send(request.position, features))
             except BaseException as failure:
                 # an error in a callback is lost; it belongs to whoever waits for the row
                 error = failure

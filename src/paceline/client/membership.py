@@ -82,6 +82,7 @@ class Membership:
         servers: ServerList,
         specs: Mapping[str, FeatureSpec],
         expected: TargetInfo | None,
+        group: str | None,
         closing: Closing,
         pool: LinkOwner,
     ) -> None:
@@ -89,11 +90,13 @@ class Membership:
 
         Args:
             expected: the target every server must have; None takes that of the server that answers first.
+            group: of the sessions, if they are a sequence-parallel group's.
             closing: of connections that could not be opened.
         """
         self._servers = servers
         self._specs = dict(specs)
         self._info = expected
+        self._group = group
         self._closing = closing
         self._pool = pool
         self._changed = threading.Condition()
@@ -252,7 +255,7 @@ class Membership:
             self._info = self._info or info
             expected = self._info
         check_target(name, info, expected)
-        connection.open_session(self._specs)
+        connection.open_session(self._specs, self._group)
 
     def _bring_in(self, member: _Member, link: Link) -> None:
         with self._changed:

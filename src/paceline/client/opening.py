@@ -57,8 +57,8 @@ class SessionOpener:
         self._label = label[:_LONGEST_LABEL]
         self._buffers = buffers
 
-    def open(self, server: ServerInfo, specs: Mapping[str, FeatureSpec]) -> OpenSession:
-        """A new session with the best transport that works.
+    def open(self, server: ServerInfo, specs: Mapping[str, FeatureSpec], group: str | None = None) -> OpenSession:
+        """A new session, of `group` if there is one, with the best transport that works.
 
         Raises:
             HandshakeError: another target is served there now, or no transport works.
@@ -67,14 +67,18 @@ class SessionOpener:
         failed: dict[TransportName, str] = {}
         while True:
             try:
-                return self._try(server, specs, failed)
+                return self._try(server, specs, group, failed)
             except _CannotOpenError as error:
                 if self._transport.kind != "auto":
                     raise error.reason from None
                 failed[error.transport] = str(error.reason)
 
     def _try(
-        self, server: ServerInfo, specs: Mapping[str, FeatureSpec], failed: Mapping[TransportName, str]
+        self,
+        server: ServerInfo,
+        specs: Mapping[str, FeatureSpec],
+        group: str | None,
+        failed: Mapping[TransportName, str],
     ) -> OpenSession:
         """A new session; what `failed` before is not offered again."""
         client = host_facts(self._device)
@@ -92,6 +96,7 @@ class SessionOpener:
                     offers=offered.offers,
                     lease_s=self._pool.lease_s,
                     label=self._label,
+                    group=group,
                 )
             )
             receiver = self._open_receiver(offers, reply, {offer.name for offer in offered.offers})

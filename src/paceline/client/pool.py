@@ -65,6 +65,7 @@ class FeaturePool:
         settings: PoolConfig,
         expected: TargetInfo | None = None,
         *,
+        group: str | None = None,
         log_every_s: float = 30.0,
     ) -> None:
         """Return when one server is up; the others join when they can.
@@ -72,6 +73,8 @@ class FeaturePool:
         Args:
             specs: what rows may ask for, by name.
             expected: the target that the run was prepared for; None takes that of the first server that answers.
+            group: where rows are asked for in parts, what the ranks of this sequence-parallel group know and nobody
+                else does: 32 to 64 hex digits, drawn anew for each run. Servers compute a row once for all of them.
             log_every_s: a wait for servers says so this often.
 
         Raises:
@@ -98,7 +101,7 @@ class FeaturePool:
         self._dispatching = threading.local()
         self._closing = Closing(self.fail)
         self._clock = Clock("pool-clock", self.fail)
-        self._membership = Membership(servers, specs, expected, self._closing, self)
+        self._membership = Membership(servers, specs, expected, group, self._closing, self)
         try:
             self._info = self._membership.wait_for_first(settings.all_down_timeout_s, log_every_s)
         except BaseException:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 
 import torch
 
@@ -15,8 +16,9 @@ from paceline.client.connection import Connection
 from paceline.client.recording import Recording, RowPlace, read_row
 from paceline.client.server_list import MakeConnection, ServerList
 from paceline.errors import DamagedError, DataError, ServerLostError, StoppedError
-from paceline.schema.features import FeatureSpec
+from paceline.schema.features import Features, FeatureSpec
 from paceline.schema.layout import ReplyLayout, layout_bytes, reply_layout
+from paceline.schema.parts import WHOLE, part_reach, requested_part
 from paceline.schema.protocol import ReplyHeader, TensorEntry
 from paceline.schema.recording import row_key
 from paceline.schema.rows import RowRequest
@@ -25,7 +27,7 @@ from paceline.schema.wire import LENGTH_BYTES, decode_reply_head
 from paceline.transport.base import Delivery, Incoming
 from paceline.transport.buffers import HostBuffer, HostBuffers
 from paceline.transport.delivery import HostToTrainer
-from paceline.transport.feature_bytes import unpack_tensors
+from paceline.transport.feature_bytes import unpack, unpack_tensors
 
 _NUM_THREADS = 4
 """Rows read at one time; more only compete for the disk."""
@@ -66,7 +68,8 @@ class RecordedConnection:
     def info(self) -> TargetInfo:
         return self._recording.info
 
-    def open_session(self, specs: Mapping[str, FeatureSpec]) -> None:
+    def open_session(self, specs: Mapping[str, FeatureSpec], group: str | None = None) -> None:
+        del group  # nothing is computed
         self._recording.check_covers(specs)
         self._specs = dict(specs)
 
@@ -123,7 +126,8 @@ class RecordedConnection:
         buffer = self._buffers.reserve(layout_bytes(recorded))
         try:
             header = self._read(key, place, buffer)
-            check_header(self.name, request, self._recording.spec, self._recording.info, header)
+            whole = replace(request, part=WHOLE)
+            check_header(self.name, whole, self._recording.spec, self._recording.info, header)
             return self._to_trainer.deliver(self._select(request, header, recorded, buffer))
         except BaseException:
             buffer.give_back()
@@ -156,17 +160,21 @@ class RecordedConnection:
     def _select(self, request: RowRequest, header: ReplyHeader, recorded: ReplyLayout, buffer: HostBuffer) -> Incoming:
         """The reply that was asked for, out of the one that was recorded; in `buffer` if they are the same."""
         spec = self._specs[request.spec]
-        layout = reply_layout(request, spec, self._recording.info)
-        if spec != self._recording.spec:
+        layout = reply_layout(request, spec, self._recording.info, request.part)
+        if layout != recorded:
             selected = self._buffers.reserve(layout_bytes(layout))
-            source, wanted = unpack_tensors(recorded, buffer.memory), unpack_tensors(layout, selected.memory)
-            _copy_selected(source, wanted, [header.layers.index(layer) for layer in spec.layers], request)
+            part = requested_part(request, spec, unpack(header, recorded, buffer.memory))
+            _copy_selected(part, unpack_tensors(layout, selected.memory), spec, request)
+            del part  # views of the buffer, which is another row's next
             buffer.give_back()
             buffer = selected
         asked = header.model_copy(
             update={
                 "position": request.position,
                 "row_hash": request.row_hash(),
+                "num_tokens": layout["hidden"].shape[0],
+                "part": request.part.index,
+                "num_parts": request.part.count,
                 "layers": spec.layers,
                 "tensors": {name: TensorEntry.of(tensor) for name, tensor in layout.items()},
                 "num_bytes": layout_bytes(layout),
@@ -212,21 +220,24 @@ def _read_reply(key: str, place: RowPlace, buffer: HostBuffer, *, from_disk: boo
 
 
 def _copy_selected(
-    source: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor], layers: list[int], request: RowRequest
+    source: Features, wanted: Mapping[str, torch.Tensor], spec: FeatureSpec, request: RowRequest
 ) -> None:
     """Fill the tensors that are wanted from those that were recorded for more layers, or for more tokens."""
+    given = source.tensors()
     for name, tensor in wanted.items():
-        given = source[name]
         if name == "hidden":
-            torch.index_select(given, 1, torch.tensor(layers), out=tensor)
-        elif given.shape == tensor.shape:
-            tensor.copy_(given)
+            layers = [source.layers.index(layer) for layer in spec.layers]
+            torch.index_select(given[name], 1, torch.tensor(layers), out=tensor)
+        elif given[name].shape == tensor.shape:
+            tensor.copy_(given[name])
         else:  # of all tokens; the supervised ones are wanted
-            torch.index_select(given, 0, _supervised(request), out=tensor)
+            torch.index_select(given[name], 0, _supervised(request, spec), out=tensor)
 
 
-def _supervised(request: RowRequest) -> torch.Tensor:
-    """int64[F]: the supervised tokens of a row."""
-    if not len(request.spans):
-        return torch.zeros(0, dtype=torch.int64)
-    return torch.cat([torch.arange(int(start), int(end)) for start, end in request.spans])
+def _supervised(request: RowRequest, spec: FeatureSpec) -> torch.Tensor:
+    """int64[F]: the supervised tokens of a part with its halo, counted from its start."""
+    start, reach = part_reach(len(request.tokens), request.part, spec.halo)
+    supervised = torch.zeros(len(request.tokens), dtype=torch.bool)
+    for first, end in request.spans:
+        supervised[first:end] = True
+    return supervised[start:reach].nonzero().squeeze(1)

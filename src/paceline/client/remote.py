@@ -92,6 +92,7 @@ class RemoteConnection:
         buffers = buffers or HostBuffers(transport.prefetch_bytes, pinned=device.type == "cuda")
         self._opener = SessionOpener(self._calls, transport, pool, device, label, buffers)
         self._specs: dict[str, FeatureSpec] = {}
+        self._group: str | None = None
         self._server_info: ServerInfo | None = None
         self._opening = threading.Lock()
         """Held while a session is opened."""
@@ -136,10 +137,10 @@ class RemoteConnection:
             self._server_info = self._calls.info()
         return self._server_info
 
-    def open_session(self, specs: Mapping[str, FeatureSpec]) -> None:
+    def open_session(self, specs: Mapping[str, FeatureSpec], group: str | None = None) -> None:
         assert not self._specs, "a session is opened once"
         self.server_info()
-        self._specs = dict(specs)
+        self._specs, self._group = dict(specs), group
         self._open(None)
         threading.Thread(target=self._keep, name=f"keeper of {self.name}", daemon=True).start()
 
@@ -250,7 +251,7 @@ class RemoteConnection:
             raise TransportError(f"{error}; the server lives") from error
 
     def _ask_in(self, session: OpenSession, request: RowRequest) -> Delivery:
-        layout = reply_layout(request, self._specs[request.spec], self.info())
+        layout = reply_layout(request, self._specs[request.spec], self.info(), request.part)
         buffer = session.receiver.reserve(layout_bytes(layout))
         answered = False
         try:
@@ -321,7 +322,7 @@ class RemoteConnection:
                 return session
             if lost is not None:
                 self._check_same_target()
-            opened = self._opener.open(self.server_info(), self._specs)
+            opened = self._opener.open(self.server_info(), self._specs, self._group)
             with self._changed:
                 ended, self._session = self._ended, opened
             if ended is not None:

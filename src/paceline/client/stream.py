@@ -18,6 +18,7 @@ from paceline.client.pool import FeaturePool
 from paceline.errors import CheckpointError, RowKillsServersError, StoppedError, TransportError
 from paceline.schema.features import FeatureRow
 from paceline.schema.layout import reply_bytes
+from paceline.schema.parts import WHOLE, Part
 from paceline.schema.rows import Row, RowRequest, request_features
 from paceline.transport.base import Delivery
 
@@ -87,6 +88,7 @@ class FeatureStream:
         spec: str,
         positions: Sequence[int],
         *,
+        part: Part = WHOLE,
         own_rows: int = 0,
         row_timeout_s: float = 600.0,
         log_every_s: float = 30.0,
@@ -98,6 +100,7 @@ class FeatureStream:
             budget: of this trainer rank, shared by its streams.
             spec: name of the features, as registered with the pool.
             positions: what to go through, ascending: a rank's share of all epochs, or a range.
+            part: what is wanted of each row; parts need a pool with a group.
             own_rows: rows this stream may have in flight beyond the budget; 1 for evaluation.
             row_timeout_s: waiting longer for one row is an error.
             log_every_s: a wait says so this often.
@@ -111,6 +114,7 @@ class FeatureStream:
         self._spec_name = spec
         self._spec = pool.spec(spec)
         self._positions = positions
+        self._part = part
         self._own = OwnRows(own_rows)
         self._row_timeout_s = row_timeout_s
         self._log_every_s = log_every_s
@@ -279,8 +283,9 @@ class FeatureStream:
             position = self._positions[self._num_asked]
             row = self._rows(position)
             assert row.position == position, f"row source gave position {row.position} for {position}"
-            request = request_features(row, self._spec_name, self._pool.info.num_position_axes)
-            self._planned = _Planned(row, request, reply_bytes(request, self._spec, self._pool.info))
+            info = self._pool.info
+            request = request_features(row, self._spec_name, info.num_position_axes, self._part)
+            self._planned = _Planned(row, request, reply_bytes(request, self._spec, info, self._part))
         return self._planned
 
     def _let_go_of_current(self) -> None:

@@ -50,6 +50,24 @@ class RunConfig(Config):
         return drafts
 
     @model_validator(mode="after")
+    def _rows_of_several_ranks_come_in_parts(self) -> Self:
+        num_parts, placement = self.training.sequence_parallel, self.placement
+        if num_parts == 1:
+            return self
+        if placement.target == "inline":
+            raise ValueError(
+                f'training.sequence_parallel = {num_parts} with placement.target = "inline": each rank would compute '
+                'and hold the features of whole rows; set placement.target to "servers" or "urls", whose servers send '
+                'each rank its part, or to "recorded"'
+            )
+        if placement.launcher != "external" and placement.num_trainers % num_parts:
+            raise ValueError(
+                f"training.sequence_parallel = {num_parts} does not divide placement.num_trainers = "
+                f"{placement.num_trainers}: set one of them so that all groups have as many ranks"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _a_recorded_target_is_somewhere(self) -> Self:
         if self.placement.target == "recorded" and self.data.recorded is None:
             raise ValueError(

@@ -27,7 +27,7 @@ class TrainingConfig(Config):
     """G: rows in an optimizer step, over all ranks and micro-steps."""
     sharding: Literal["none", "full"] = "none"
     """With several trainer ranks: "none" keeps all weights and optimizer state on each, "full" divides them (FSDP2)."""
-    sequence_parallel: int = Field(1, ge=1)
+    sequence_parallel: int = Field(1, ge=1, le=64)
     """Ranks that train each row together, each with a part of its tokens; divides the number of trainer ranks and the
     drafts' key/value heads. For rows too long for one GPU."""
     dist_timeout_s: float = Field(1800.0, gt=0)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from paceline.schema.features import Features
+    from paceline.schema.features import Features, FeatureSpec
+    from paceline.schema.rows import RowRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,13 @@ def slice_features(
         logsumexp=None if features.logsumexp is None else features.logsumexp[start:reach],
         part=part,
     )
+
+
+def requested_part(request: RowRequest, spec: FeatureSpec, features: Features) -> Features:
+    """What `request` wants of the row's `features`, as views; they themselves if it wants all. Waits for no device."""
+    if request.part == features.part:
+        return features
+    return slice_features(features, len(request.tokens), request.part, spec.halo, request.spans)
 
 
 def _final_bounds(

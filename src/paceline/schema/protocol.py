@@ -6,6 +6,7 @@ what was wrong when it was sent.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -14,7 +15,7 @@ from paceline.schema.features import FeatureSpec, FinalHidden
 from paceline.schema.layout import TensorLayout
 from paceline.schema.target_info import TargetInfo
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 """Goes up with any change that an older peer would misunderstand; peers of different versions refuse each other."""
 
 CHECKSUM_HEADER = "paceline-checksum"
@@ -27,7 +28,12 @@ MAX_HEADER_BYTES = 1 << 20
 """The same for the JSON header in front of a row's tensors."""
 
 TransportName = Literal["http", "file", "nccl", "gloo"]
+MAX_PARTS = 64
+"""Of one row."""
+MAX_HALO = 1024
+
 HexDigits = Annotated[str, Field(pattern=r"^[0-9a-f]{1,64}$")]
+GroupKey = Annotated[str, Field(pattern=r"^[0-9a-f]{32,64}$")]
 FileName = Annotated[str, Field(pattern=r"^[0-9a-f]{32}\.safetensors$")]
 SpecName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 
@@ -74,15 +80,16 @@ class SpecMessage(Message):
     final_hidden: FinalHidden = "none"
     greedy: bool = False
     logsumexp: bool = False
+    halo: int = Field(0, ge=0, le=MAX_HALO)
 
     def spec(self) -> FeatureSpec:
         """As the rest of the program knows it."""
-        return FeatureSpec(self.layers, self.final_hidden, self.greedy, self.logsumexp)
+        return FeatureSpec(self.layers, self.final_hidden, self.greedy, self.logsumexp, self.halo)
 
     @classmethod
     def of(cls, spec: FeatureSpec) -> SpecMessage:
         """The message for a spec."""
-        return cls(layers=spec.layers, final_hidden=spec.final_hidden, greedy=spec.greedy, logsumexp=spec.logsumexp)
+        return cls.model_validate(dataclasses.asdict(spec))
 
 
 class TransportOffer(Message):
@@ -107,6 +114,8 @@ class SessionRequest(Message):
     lease_s: float = Field(gt=0, le=3600)
     label: str = Field("", max_length=128)
     """Who asks, for the server's log: run and rank."""
+    group: GroupKey | None = None
+    """Secret of a group whose sessions ask for parts of the same rows; without one, rows are asked for whole."""
 
 
 class SessionReply(Message):
@@ -178,9 +187,10 @@ class ReplyHeader(Message):
     position: int
     row_hash: str = Field(max_length=64)
     num_tokens: int
+    """In `hidden`: all of the row, or those of the part."""
     layers: tuple[int, ...]
-    part: int = 0
-    num_parts: int = 1
+    part: int = Field(0, ge=0)
+    num_parts: int = Field(1, ge=1, le=MAX_PARTS)
     tensors: dict[str, TensorEntry]
     num_bytes: int = Field(ge=0)
     """Of the buffer with all tensors, padding included."""

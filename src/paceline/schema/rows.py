@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import xxhash
 
+from paceline.schema.parts import WHOLE, Part
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Row:
@@ -76,9 +78,11 @@ class RowRequest:
     """int32[P, T], P = 1, or 3 for mRoPE; position ids restart in every document."""
     extras: dict[str, np.ndarray] = field(default_factory=dict)
     """Named inputs beyond tokens (vision), layout declared by the target."""
+    part: Part = WHOLE
+    """What of the row's features is wanted; they are computed for the whole row, whatever this says."""
 
     def row_hash(self) -> str:
-        """xxh3-64 (16 hex digits) of everything but `position`; a reply must carry the same."""
+        """xxh3-64 (16 hex digits) of everything but `position` and `part`; a reply must carry the same."""
         digest = xxhash.xxh3_64()
         digest.update(self.spec.encode())
         arrays = {
@@ -94,7 +98,7 @@ class RowRequest:
         return digest.hexdigest()
 
 
-def request_features(row: Row, spec: str, num_position_axes: int = 1) -> RowRequest:
+def request_features(row: Row, spec: str, num_position_axes: int = 1, part: Part = WHOLE) -> RowRequest:
     """The request for a text-only row: sequential positions, equal on every axis."""
     positions = np.broadcast_to(row.document_positions(), (num_position_axes, row.num_tokens))
     return RowRequest(
@@ -104,4 +108,5 @@ def request_features(row: Row, spec: str, num_position_axes: int = 1) -> RowRequ
         documents=row.documents,
         spans=row.spans,
         positions=np.ascontiguousarray(positions),
+        part=part,
     )

@@ -17,7 +17,8 @@ from pydantic import ValidationError
 
 from paceline.errors import DamagedError, WireError
 from paceline.schema.layout import ALIGNMENT, ReplyLayout, TensorLayout, layout_bytes
-from paceline.schema.protocol import MAX_HEADER_BYTES, ReplyHeader
+from paceline.schema.parts import WHOLE, Part
+from paceline.schema.protocol import MAX_HEADER_BYTES, MAX_PARTS, ReplyHeader
 from paceline.schema.rows import RowRequest
 
 _NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int32": "I32"}
@@ -39,6 +40,8 @@ def encode_request(request: RowRequest) -> bytes:
     """The body that asks for a row."""
     arrays = {name: getattr(request, name) for name in _ARRAYS}
     metadata = {"position": str(request.position), "spec": request.spec, "row_hash": request.row_hash()}
+    if request.part != WHOLE:
+        metadata |= {"part": str(request.part.index), "num_parts": str(request.part.count)}
     table: dict[str, Any] = {"__metadata__": metadata}
     parts, offset = [], 0
     for name, array in arrays.items():
@@ -67,7 +70,7 @@ def decode_request(body: bytes | memoryview, max_tokens: int) -> RowRequest:
             raise WireError(f"{name} has {arrays[name].ndim} axes, expected {num_axes}")
     try:
         position, spec, row_hash = int(metadata["position"]), str(metadata["spec"]), str(metadata["row_hash"])
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, OverflowError) as error:
         raise WireError(f"metadata of a row request holds position, spec and row_hash: {error!r}") from error
     request = RowRequest(
         position=position,
@@ -76,6 +79,7 @@ def decode_request(body: bytes | memoryview, max_tokens: int) -> RowRequest:
         documents=arrays["documents"],
         spans=arrays["spans"],
         positions=arrays["positions"],
+        part=_part(metadata),
     )
     if request.row_hash() != row_hash:
         raise WireError(f"row {position} says its hash is {row_hash[:16]}, it is {request.row_hash()}")
@@ -172,6 +176,16 @@ def _array(name: str, entry: Any, body: bytes | memoryview, start: int, max_toke
         raise WireError(f"{name} has no place in the body: {_short(error)}") from error
     array: np.ndarray = np.frombuffer(body, "<i4", num_items, start + begin).reshape(shape)
     return array
+
+
+def _part(metadata: dict[str, Any]) -> Part:
+    try:
+        index, count = int(metadata.get("part", 0)), int(metadata.get("num_parts", 1))
+    except (ValueError, TypeError, OverflowError) as error:
+        raise WireError(f"part and num_parts of a row request are numbers: {_short(error)}") from error
+    if not 0 <= index < count <= MAX_PARTS:
+        raise WireError(f"part {index} of {count} is asked for; parts count from 0, and a row has at most {MAX_PARTS}")
+    return Part(index, count)
 
 
 def _short(error: BaseException) -> str:

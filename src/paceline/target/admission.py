@@ -33,6 +33,7 @@ class _Waiting:
 @dataclass(slots=True, eq=False)
 class _Session:
     specs: Mapping[str, FeatureSpec]
+    max_queued_rows: int
     rows: deque[_Waiting] = field(default_factory=deque)
 
 
@@ -70,8 +71,11 @@ class Admission:
         """The engine's facts about its target."""
         return self._engine.info()
 
-    def open_session(self, specs: Mapping[str, FeatureSpec]) -> str:
+    def open_session(self, specs: Mapping[str, FeatureSpec], max_queued_rows: int | None = None) -> str:
         """The id of a new session that may ask for the named `specs`.
+
+        Args:
+            max_queued_rows: of this session; None is what all have.
 
         Raises:
             ConfigError: a capture layer that the target does not have.
@@ -91,7 +95,7 @@ class Admission:
             if len(self._sessions) >= self._max_sessions:
                 raise ServerBusyError(f"{len(self._sessions)} sessions are open, {self._max_sessions} are allowed")
             session = f"session-{next(self._session_ids)}"
-            self._sessions[session] = _Session(dict(specs))
+            self._sessions[session] = _Session(dict(specs), max_queued_rows or self._max_queued_rows)
         return session
 
     def submit(self, session: str, request: RowRequest) -> Future[Features]:
@@ -115,9 +119,9 @@ class Admission:
                 raise ConfigError(
                     f"row {request.position} asks for features {request.spec!r}, {session} registered {known}"
                 )
-            if len(state.rows) >= self._max_queued_rows:
+            if len(state.rows) >= state.max_queued_rows:
                 raise ServerBusyError(
-                    f"{len(state.rows)} rows of {session} are waiting, {self._max_queued_rows} are allowed"
+                    f"{len(state.rows)} rows of {session} are waiting, {state.max_queued_rows} are allowed"
                 )
             waiting = _Waiting(request, state.specs[request.spec], Future(), time.monotonic())
             if not state.rows:

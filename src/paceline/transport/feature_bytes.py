@@ -7,6 +7,7 @@ from torch import Tensor
 
 from paceline.schema.features import Features
 from paceline.schema.layout import ReplyLayout, TensorLayout, layout_bytes, place
+from paceline.schema.parts import Part
 from paceline.schema.protocol import ReplyHeader, TensorEntry
 
 
@@ -18,6 +19,8 @@ def describe(position: int, features: Features) -> tuple[ReplyHeader, dict[str, 
         row_hash=features.row_hash,
         num_tokens=features.num_tokens,
         layers=features.layers,
+        part=features.part.index,
+        num_parts=features.part.count,
         tensors={name: TensorEntry.of(tensor) for name, tensor in layout.items()},
         num_bytes=layout_bytes(layout),
         finite=features.finite,
@@ -81,6 +84,7 @@ def unpack(header: ReplyHeader, layout: ReplyLayout, memory: Tensor) -> Features
         finite=header.finite,
         queued_s=header.queued_s,
         computed_s=header.computed_s,
+        part=Part(header.part, header.num_parts),
     )
 
 

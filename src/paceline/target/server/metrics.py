@@ -20,8 +20,13 @@ class ServerMetrics:
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
         counter, histogram = self._counter, self._histogram
-        self._rows = counter("paceline_rows", "Rows answered, by what became of them", "outcome")
-        self._tokens = counter("paceline_row_tokens", "Tokens of rows that were sent")
+        self._rows = counter(
+            "paceline_rows", "Requests for rows and parts that are over, by what became of them", "outcome"
+        )
+        self._computed = counter("paceline_computed_rows", "Rows that the engine computed")
+        self._computed_tokens = counter("paceline_computed_tokens", "Tokens of these rows")
+        self._parts = counter("paceline_row_parts", "Parts of rows that were sent, each to a rank of a group")
+        self._tokens = counter("paceline_row_tokens", "Tokens of rows and parts that were sent")
         self._bytes = counter("paceline_sent_bytes", "Bytes of replies in HTTP bodies")
         self._requests = counter("paceline_http_requests", "HTTP requests", "route", "status")
         self._busy = counter("paceline_engine_busy_seconds", "Seconds in which the engine computed a row")
@@ -39,8 +44,10 @@ class ServerMetrics:
         """A gauge that is read when somebody asks."""
         Gauge(name, text, registry=self._registry).set_function(value)
 
-    def row_computed(self, queued_s: float, computed_s: float) -> None:
+    def row_computed(self, num_tokens: int, queued_s: float, computed_s: float) -> None:
         """A row has left the engine just now."""
+        self._computed.inc()
+        self._computed_tokens.inc(num_tokens)
         self._queued_s.observe(queued_s)
         self._forward_s.observe(computed_s)
         now = time.monotonic()
@@ -51,9 +58,10 @@ class ServerMetrics:
                 self._spans.popleft()
         self._busy.inc(computed_s)
 
-    def row_sent(self, num_tokens: int, num_bytes: int, send_s: float) -> None:
-        """A row's reply has left."""
+    def row_sent(self, num_tokens: int, num_bytes: int, send_s: float, *, is_part: bool) -> None:
+        """The reply to a row, or to a part of one, has left."""
         self._rows.labels("sent").inc()
+        self._parts.inc(is_part)
         self._tokens.inc(num_tokens)
         self._bytes.inc(num_bytes)
         self._send_s.observe(send_s)

@@ -12,6 +12,7 @@ from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
 from paceline.errors import StoppedError
+from paceline.schema.parts import WHOLE, part_range
 from paceline.schema.protocol import CHECKSUM_HEADER, MAX_HEADER_BYTES, SESSION_KEY_HEADER
 from paceline.schema.rows import RowRequest
 from paceline.schema.wire import LENGTH_BYTES, decode_request
@@ -90,7 +91,9 @@ class RowRoute:
             sent = True
         finally:
             work.finish(reply, sent)
-        self._metrics.row_sent(len(request.tokens), num_bytes, time.monotonic() - work.computed_at)
+        start, end = part_range(len(request.tokens), request.part)
+        send_s = time.monotonic() - work.computed_at
+        self._metrics.row_sent(end - start, num_bytes, send_s, is_part=request.part != WHOLE)
 
     async def _send(self, scope: Scope, send: Send, reply: Reply, gone: asyncio.Task[None]) -> int:
         """Bytes of the body, once it has left."""

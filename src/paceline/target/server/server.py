@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ from paceline.errors import ConfigError, PacelineError, StoppedError, TargetErro
 from paceline.schema.features import Features
 from paceline.schema.protocol import PROTOCOL_VERSION, HostFacts, ServerInfo, TransportName
 from paceline.target.admission import Admission
+from paceline.target.groups import RowGroups
 from paceline.target.server.app import build_app
 from paceline.target.server.connections import KEEP_ALIVE_S, BoundedConnection
 from paceline.target.server.control import ControlCalls
@@ -73,13 +75,23 @@ class TargetServer:
         self.health = Health()
         metrics = ServerMetrics()
 
-        def on_computed(features: Features) -> None:
-            metrics.row_computed(features.queued_s, features.computed_s)
+        def on_captured(captured: Future[Features]) -> None:
+            if captured.cancelled():
+                return
+            if (error := captured.exception()) is not None:
+                self.health.row_failed(error)
+            else:
+                features = captured.result()
+                metrics.row_computed(features.num_tokens, features.queued_s, features.computed_s)
 
-        engine = EngineSide(target.admission, target.device, settings, on_computed, self.health.row_failed)
+        max_queued_rows = settings.max_unsent_rows * settings.max_sessions
+        groups = RowGroups(target.admission, settings.kept, max_queued_rows, on_captured)
+        engine = EngineSide(target.admission, groups, target.device, settings, on_captured, self.health.row_failed)
         self.sessions = Sessions(self.server_id, target.host, target.senders, engine, metrics.seconds_per_row)
         metrics.watch("paceline_sessions", "Open sessions", self.sessions.count)
         metrics.watch("paceline_queued_rows", "Rows that wait for a place with the engine", self.sessions.num_waiting)
+        metrics.watch("paceline_kept_rows", "Rows kept for ranks that ask for their part later", groups.num_kept_rows)
+        metrics.watch("paceline_kept_bytes", "Bytes of these rows", groups.num_kept_bytes)
         try:
             listening = _bind(settings.host, settings.port)
             self.port = int(listening.getsockname()[1])

@@ -7,18 +7,21 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Protocol
 
 import torch
 
 from paceline.errors import PacelineError, ServerBusyError, SessionLostError, TransportError, WireError
 from paceline.schema.features import Features, FeatureSpec
 from paceline.schema.layout import reply_bytes
+from paceline.schema.parts import WHOLE, requested_part
 from paceline.schema.rows import RowRequest
 from paceline.target.admission import Admission
+from paceline.target.groups import RowGroups
 from paceline.target.server.settings import ServerSettings
 from paceline.transport.base import Reply
 from paceline.transport.negotiation import OpenedSender
@@ -87,12 +90,52 @@ class EngineSide:
     """What a session needs of the engine's side."""
 
     admission: Admission
+    groups: RowGroups
     device: torch.device
     settings: ServerSettings
-    on_computed: Callable[[Features], None]
-    """A row was computed; on the engine's thread."""
+    on_captured: Callable[[Future[Features]], None]
+    """The engine is done with a row, or it was cancelled; once a row, on any thread."""
     on_failed: Callable[[BaseException], None]
-    """A row failed in the engine; any thread."""
+    """A row could not be handed to the engine; any thread."""
+
+
+class Turns(Protocol):
+    """What takes a session's rows to the engine."""
+
+    def submit(self, request: RowRequest) -> Future[Features]:
+        """Features of the whole row, also where a part is asked for."""
+
+    def close(self) -> None:
+        """Rows that wait fail, or are cancelled where others wait for them too. Safe to call twice."""
+
+
+class OwnTurns:
+    """For a session of no group: whole rows, each computed for it alone."""
+
+    def __init__(self, engine: EngineSide, specs: Mapping[str, FeatureSpec]) -> None:
+        """Raises as Admission.open_session."""
+        self._engine = engine
+        self._session = engine.admission.open_session(specs)
+        self._closed = False
+
+    def submit(self, request: RowRequest) -> Future[Features]:
+        if request.part != WHOLE:
+            raise WireError(
+                f"row {request.position} is asked for in {request.part.count} parts by a session of no group: only a "
+                "session that was opened with one may"
+            )
+        captured = self._engine.admission.submit(self._session, request)
+        captured.add_done_callback(self._on_captured)
+        return captured
+
+    def close(self) -> None:
+        self._closed = True
+        self._engine.admission.close_session(self._session)
+
+    def _on_captured(self, captured: Future[Features]) -> None:
+        if self._closed and not captured.cancelled() and captured.exception() is not None:
+            return  # no failure of the engine
+        self._engine.on_captured(captured)
 
 
 class Session:
@@ -106,12 +149,18 @@ class Session:
     """
 
     def __init__(
-        self, label: str, key: str, specs: dict[str, FeatureSpec], opened: OpenedSender, engine: EngineSide
+        self,
+        label: str,
+        key: str,
+        specs: dict[str, FeatureSpec],
+        opened: OpenedSender,
+        engine: EngineSide,
+        group: str | None = None,
     ) -> None:
-        """Register with admission and start the sending thread.
+        """Register with admission, or with the sessions of its `group`, and start the sending thread.
 
         Raises:
-            ConfigError: a capture layer that the target does not have.
+            ConfigError: a capture layer that the target does not have, or other specs than the group's.
             ServerBusyError: admission has no room for another session.
         """
         self.label = label
@@ -119,7 +168,7 @@ class Session:
         self.opened = opened
         self._specs = specs
         self._engine = engine
-        self._admission_id = engine.admission.open_session(specs)
+        self._turns: Turns = OwnTurns(engine, specs) if group is None else engine.groups.join(group, specs)
         self._lock = threading.RLock()
         self._waiting: deque[RowWork] = deque()
         self._unsent: set[RowWork] = set()
@@ -144,6 +193,7 @@ class Session:
                 f"row {request.position} asks for features {request.spec!r}, this session registered "
                 f"{', '.join(sorted(self._specs))}"
             )
+        # also for a part: it is a view of the whole row until it has left
         num_bytes = max(0, reply_bytes(request, spec, self._engine.admission.info()))
         work = RowWork(request, num_bytes, self._leave)
         limit = self._engine.settings.max_queued_rows
@@ -177,7 +227,7 @@ class Session:
             self._waiting.clear()
         for work in rows:
             work.fail(reason)
-        self._engine.admission.close_session(self._admission_id)
+        self._turns.close()
         self._computed.put(None)
         self.opened.sender.close()
 
@@ -194,7 +244,7 @@ class Session:
             self._unsent.add(work)
             self._unsent_bytes += work.num_bytes
             try:
-                captured = work.captured = self._engine.admission.submit(self._admission_id, work.request)
+                captured = work.captured = self._turns.submit(work.request)
             except PacelineError as error:
                 self._engine.on_failed(error)
                 work.fail(error)
@@ -211,12 +261,9 @@ class Session:
             self._leave(work)
             return
         except BaseException as error:  # handed to who waits for the row
-            if self._closed is None:
-                self._engine.on_failed(error)
             work.fail(error)
             self._leave(work)
             return
-        self._engine.on_computed(features)
         if work.is_over or self._closed is not None:
             self._leave(work)
             return
@@ -261,6 +308,10 @@ class Session:
         if work.is_over:
             self._leave(work)
             return
-        reply = self.opened.sender.send(work.request.position, features)
+        request = work.request
+        part = requested_part(request, self._specs[request.spec], features)
+        if part is not features:
+            part.computed_s /= request.part.count  # so that the parts of a row add up to its time
+        reply = self.opened.sender.send(request.position, part)
         if not work.answer(reply):
             work.finish(reply, sent=False)

@@ -86,7 +86,7 @@ class Sessions:
             name, opened, refused = self._open_sender(asked, session_id)
             specs = {name: message.spec() for name, message in asked.specs.items()}
             try:
-                session = Session(asked.label, key, specs, opened, self._engine)
+                session = Session(asked.label, key, specs, opened, self._engine, asked.group)
             except PacelineError as error:
                 opened.sender.close()
                 raise Refusal("handshake", str(error)) if isinstance(error, ConfigError) else error from error
@@ -192,6 +192,7 @@ class Sessions:
             for session_id, lease in list(self._leases.items()):
                 if lease.ends <= now:
                     self.end(session_id, SessionLostError(f"its lease of {lease.lease_s:g} s ran out"))
+            self._engine.groups.drop_stale()
 
     def _next_look_s(self) -> float:
         with self._lock:

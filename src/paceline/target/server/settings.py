@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from paceline.target.groups import KeptBounds
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,8 @@ class ServerSettings:
     engine works while a row travels; a client that stops reading holds no more features than these."""
     max_unsent_bytes: int = 8 << 30
     """The same in bytes of features; a larger row is computed alone. A p2p channel has room for as much again."""
+    kept: KeptBounds = field(default_factory=KeptBounds)
+    """Rows that a part was asked for of, for the rest of the group to come."""
     max_lease_s: float = 600.0
     """Longer leases are cut to this: a client that died holds a session for so long."""
     body_timeout_s: float = 60.0
