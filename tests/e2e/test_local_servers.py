@@ -2,14 +2,14 @@
 
 import json
 import os
-import re
 import signal
 from pathlib import Path
 
 import pytest
 import tomli_w
 
-from forking import Command, Commands
+from forking import Commands
+from own_processes import alive, children_of, num_steps, start
 from paceline.config.run import RunConfig
 from whole_run import lines, losses, run, run_config, run_table, same_weights
 
@@ -24,12 +24,6 @@ def inline(tmp_path_factory: pytest.TempPathFactory, tiny_target: Path, data: Pa
     return config
 
 
-def start(commands: Commands, config: RunConfig, directory: Path) -> Command:
-    file = directory / "run.toml"
-    file.write_text(tomli_w.dumps(json.loads(config.model_dump_json(exclude_none=True))))
-    return commands.start("train", str(file))
-
-
 def servers_config(run_dir: Path, target: Path, data: Path, num_servers: int = 1, **changes: object) -> RunConfig:
     return run_config(
         run_dir,
@@ -37,35 +31,6 @@ def servers_config(run_dir: Path, target: Path, data: Path, num_servers: int = 1
         data,
         **{**SETTINGS, "placement__target": "servers", "placement__num_servers": num_servers} | changes,
     )
-
-
-def children_of(pid: int) -> dict[str, int]:
-    """Name of each process of the run -> its id: "server-0", "trainer-0"."""
-    found = {}
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            words = (entry / "cmdline").read_bytes().decode().split("\0")
-            parent = int(re.search(r"^PPid:\s+(\d+)", (entry / "status").read_text(), re.MULTILINE)[1])  # type: ignore[index]
-        except OSError:
-            continue
-        if parent == pid and "paceline.cli" in words:
-            name = next(Path(word).stem for word in words if word.endswith(".toml"))  # each has its own configuration
-            found[name] = int(entry.name)
-    return found
-
-
-def alive(pid: int) -> bool:
-    try:
-        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-
-
-def num_steps(config: RunConfig) -> int:
-    path = Path(config.run_dir) / "metrics.jsonl"
-    return path.read_bytes().count(b'"kind":"train"') if path.exists() else 0
 
 
 def test_one_command_trains_on_servers_of_its_own_as_if_the_target_were_here(

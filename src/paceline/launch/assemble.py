@@ -76,7 +76,7 @@ def assemble_trainer(
         DataError: nothing to train on, or nothing held out.
         RunDirectoryError: the run was trained against another target, or on other data.
     """
-    device = resolve_device(config.training.device)
+    device = resolve_device(config.training.device, "training.device")
     train_rows = RowSource(prepared.train, prepared.train_plan, config.seed)
     eval_rows = RowSource(prepared.eval, prepared.eval_plan, config.seed)
     _check_rows(train_rows, eval_rows)

@@ -18,6 +18,9 @@ from paceline.errors import PacelineError, StoppedError, print_error
 _LOST_PEER = ("gloo/transport", "Connection closed by peer", "Connection reset by peer")
 """In errors of gloo, which have no class of their own."""
 
+_AFTER_ANOTHER_S = 2.0
+"""A rank that lost another one ends so much later: torchrun and Slurm name those that ended first."""
+
 
 @dataclass(frozen=True, slots=True)
 class Failure:
@@ -71,10 +74,14 @@ def failures_reported(path: Path | None) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        failure = describe_failure(error)
         if path is None:
             _print(error)
-            _tell_torchrun(error)
-        elif not _written(path, describe_failure(error)):
+            if failure.follows:
+                time.sleep(_AFTER_ANOTHER_S)
+            else:
+                _tell_torchrun(error)
+        elif not _written(path, failure):
             _print(error)
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError):  # a closed pipe

@@ -89,7 +89,7 @@ def train_as_child(
 
 
 def _meet(config: RunConfig, signals: StopSignals, rendezvous: Rendezvous) -> AbstractContextManager[Ranks]:
-    device = resolve_device(config.training.device)
+    device = resolve_device(config.training.device, "training.device")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return open_ranks(

@@ -15,7 +15,7 @@ from paceline.launch.failures import Failure, read_failure
 _LOOK_EVERY_S = 0.05
 _OTHERS_S = 2.0
 """After the first failure: seconds for the others to notice by themselves, before they are asked to end."""
-_LONGEST_END_S = 10.0
+_LONGEST_END_S = 5.0
 """After a failure there is nothing left to save: seconds for the others to end, whatever their own grace is."""
 _SOCKETS_BEFORE_S = 1.0
 """A killed process closes its sockets this long, at most, before its parent sees that it is gone."""

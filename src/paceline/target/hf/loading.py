@@ -64,8 +64,11 @@ class ModelParts:
         return device
 
 
-def resolve_device(name: str) -> torch.device:
-    """The device a `target.device` setting means here.
+def resolve_device(name: str, setting: str = "target.device") -> torch.device:
+    """The device that `name` means here.
+
+    Args:
+        setting: where it comes from, for messages.
 
     Raises:
         TargetError: a CUDA device that this machine does not have.
@@ -75,14 +78,12 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise TargetError(f"target.device = {name!r} is not a device: use cpu, cuda or cuda:N") from error
+        raise TargetError(f"{setting} = {name!r} is not a device: use cpu, cuda or cuda:N") from error
     if device.type == "cuda":
         count = torch.cuda.device_count()
         index = device.index or 0
         if index >= count:
-            raise TargetError(
-                f"target.device = {name!r}, but this machine has {count} CUDA devices: use cpu or another"
-            )
+            raise TargetError(f"{setting} = {name!r}, but this machine has {count} CUDA devices: use cpu or another")
         return torch.device("cuda", index)
     return device
 

@@ -1,0 +1,209 @@
+"""Several trainers of one command, or under torchrun: one training, whose first failure ends it and is shown first."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from forking import Command, Commands
+from own_processes import alive, children_of, num_steps, start, write_config
+from paceline.config.run import RunConfig
+from whole_run import losses, run, run_config, same_weights
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+SETTINGS = {"training__rows_per_step": 4, "training__num_epochs": 2, "placement__num_trainers": 2}
+ENDLESS = {"training__num_epochs": 500}
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def trainers_config(run_dir: Path, target: Path, data: Path, **changes: object) -> RunConfig:
+    return run_config(run_dir, target, data, **SETTINGS | changes)
+
+
+def wait_for_steps(command: Command, config: RunConfig, num: int) -> dict[str, int]:
+    """The processes of the run, once it has trained so many steps."""
+    assert command.wait_until(lambda: num_steps(config) >= num), command.output
+    return children_of(command.pid)
+
+
+def wait_gone(commands: Commands, pids: list[int], deadline: float) -> None:
+    for pid in pids:
+        assert commands.ask("wait_gone", pid, max(deadline - time.monotonic(), 0.1)), f"process {pid} is left"
+
+
+@pytest.fixture(scope="module")
+def two_trainers(
+    commands: Commands, tmp_path_factory: pytest.TempPathFactory, tiny_target: Path, data: Path
+) -> RunConfig:
+    """A finished run of two trainers that one command has started."""
+    directory = tmp_path_factory.mktemp("two")
+    config = trainers_config(directory / "run", tiny_target, data)
+    command = start(commands, config, directory)
+    assert command.wait(120) == 0, command.output
+    assert "finished after step" in command.output
+    return config
+
+
+def test_one_command_trains_on_two_trainers(two_trainers: RunConfig, tiny_target: Path, data: Path) -> None:
+    run_dir = Path(two_trainers.run_dir)
+    for rank in (0, 1):
+        assert f"trainer-{rank} " in (run_dir / "logs" / f"trainer-{rank}.log").read_text()
+    assert "trainers on cpu, cpu" in (run_dir / "logs" / "supervisor-0.log").read_text()
+    one = run_config(run_dir.with_name("one"), tiny_target, data, **SETTINGS | {"placement__num_trainers": 1})
+    run(one)
+    assert len(losses(one)) > 4
+    for ours, theirs in zip(losses(two_trainers), losses(one), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-6)
+
+
+def test_a_killed_trainer_ends_the_run_with_its_servers_and_is_named(
+    commands: Commands, tiny_target: Path, data: Path, tmp_path: Path
+) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    config = trainers_config(
+        tmp_path / "run",
+        tiny_target,
+        data,
+        placement__target="servers",
+        transport__kind="file",
+        transport__directory=str(shared),
+        **ENDLESS,
+    )
+    command = start(commands, config, tmp_path)
+    pids = wait_for_steps(command, config, 3)
+    assert pids.keys() == {"server-0", "trainer-0", "trainer-1"}
+    assert len(list(shared.iterdir())) == 2, "each trainer has a directory of its own"
+    os.kill(pids["trainer-1"], signal.SIGKILL)
+    assert command.wait(30) == 1, command.output
+    assert "error: trainer-1 failed first: killed by signal 9" in command.output
+    assert not any(alive(pid) for pid in pids.values())
+    assert list(shared.iterdir()) == []
+
+
+def test_the_error_of_the_rank_that_failed_is_the_first_that_is_shown(
+    commands: Commands, tiny_target: Path, data: Path, tmp_path: Path
+) -> None:
+    config = trainers_config(tmp_path / "run", tiny_target, data, placement__trainer_devices=["cpu", "cuda:77"])
+    started = time.monotonic()
+    command = start(commands, config, tmp_path)
+    assert command.wait() == 1
+    assert time.monotonic() - started < 45
+    errors = [line for line in command.output.splitlines() if "INFO" not in line]
+    assert re.match(r"error: trainer-1 failed first: training.device = 'cuda:77', but this machine has", errors[0])
+    assert "cuda:77" in (tmp_path / "run" / "logs" / "trainer-1.log").read_text()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.long)])
+def test_whatever_ends_the_command_ends_all_trainers(
+    commands: Commands, tiny_target: Path, data: Path, tmp_path: Path, signum: signal.Signals
+) -> None:
+    config = trainers_config(tmp_path / "run", tiny_target, data, **ENDLESS)
+    command = start(commands, config, tmp_path)
+    pids = wait_for_steps(command, config, 3)
+    assert pids.keys() == {"trainer-0", "trainer-1"}
+    deadline = time.monotonic() + 10
+    command.send_signal(signum)
+    code = command.wait(10)
+    wait_gone(commands, list(pids.values()), deadline)
+    if signum == signal.SIGTERM:
+        assert code == 128 + signal.SIGTERM, command.output
+        assert "stopped after step" in command.output
+        assert "error" not in command.output
+    else:
+        assert code == -signal.SIGKILL
+
+
+@pytest.mark.long
+def test_a_trainer_that_hangs_does_not_outlive_the_deadline(
+    commands: Commands, tiny_target: Path, data: Path, tmp_path: Path
+) -> None:
+    config = trainers_config(tmp_path / "run", tiny_target, data, **ENDLESS)
+    command = start(commands, config, tmp_path)
+    pids = wait_for_steps(command, config, 3)
+    os.kill(pids["trainer-1"], signal.SIGSTOP)
+    deadline = time.monotonic() + 10
+    command.send_signal(signal.SIGTERM)
+    assert command.wait(12) == 128 + signal.SIGTERM, command.output
+    wait_gone(commands, list(pids.values()), deadline)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_trainer_killed_while_another_hangs_ends_the_run(
+    commands: Commands, tiny_target: Path, data: Path, tmp_path: Path, rank: int
+) -> None:
+    config = trainers_config(tmp_path / "run", tiny_target, data, **ENDLESS | {"placement__num_trainers": 3})
+    command = start(commands, config, tmp_path)
+    pids = wait_for_steps(command, config, 3)
+    os.kill(pids["trainer-2"], signal.SIGSTOP)
+    os.kill(pids[f"trainer-{rank}"], signal.SIGKILL)
+    assert command.wait(30) == 1, command.output
+    assert f"error: trainer-{rank} failed first: killed by signal 9" in command.output
+    assert not any(alive(pid) for pid in pids.values())
+
+
+def torchrun(config: RunConfig, directory: Path, *overrides: str, launcher: str = "external") -> subprocess.Popen[str]:
+    """Two ranks, as docs/torchrun-and-slurm.md starts them."""
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "paceline.cli", "train"]
+    words = [str(write_config(config, directory)), f"placement.launcher={launcher}", "placement.num_trainers=1"]
+    return subprocess.Popen(
+        [sys.executable, *command, *words, *overrides],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def test_ranks_of_torchrun_train_as_those_of_one_command_do(
+    two_trainers: RunConfig, tiny_target: Path, data: Path, tmp_path: Path
+) -> None:
+    config = trainers_config(tmp_path / "run", tiny_target, data)
+    process = torchrun(config, tmp_path)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert output.count("finished after step") == 1, "the first rank alone writes on the terminal"
+    assert (tmp_path / "run" / "logs" / "trainer-1.log").exists()
+    assert losses(config) == losses(two_trainers)
+    assert same_weights(config, two_trainers)
+
+
+@pytest.mark.long
+def test_torchrun_names_the_rank_that_was_killed(tiny_target: Path, data: Path, tmp_path: Path) -> None:
+    config = trainers_config(tmp_path / "run", tiny_target, data, **ENDLESS)
+    process = torchrun(config, tmp_path)
+    while num_steps(config) < 3:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.1)
+    victim = next(
+        int(entry.name)
+        for entry in Path("/proc").iterdir()
+        if entry.name.isdigit()
+        and str(tmp_path) in (entry / "cmdline").read_text()
+        and "\0RANK=1\0" in (entry / "environ").read_text()
+    )
+    os.kill(victim, signal.SIGKILL)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode != 0
+    cause = output.partition("Root Cause (first observed failure)")[2]
+    assert re.search(r"rank +: 1 ", cause), output
+    assert "-9" in cause
+
+
+def test_a_command_that_starts_trainers_itself_is_refused_under_torchrun(
+    tiny_target: Path, data: Path, tmp_path: Path
+) -> None:
+    config = trainers_config(tmp_path / "run", tiny_target, data)
+    process = torchrun(config, tmp_path, launcher="local")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "add placement.launcher=external to the command" in output
+    assert not (tmp_path / "run").exists()
