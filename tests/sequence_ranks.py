@@ -12,11 +12,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from paceline.config.drafts import DraftConfig, Eagle3Config
@@ -28,6 +29,7 @@ from paceline.drafts.sequence import Exchange, SequenceGroup
 from paceline.schema.features import FeatureRow, Features
 from paceline.schema.parts import WHOLE, Part, slice_features
 from paceline.schema.target_info import TargetInfo
+from paceline.training.sharded import SharedDraft
 from rows import RandomWeights, Span, make_context, make_row, random_features, tiny_info
 
 INFO = tiny_info(num_heads=8, num_kv_heads=4)
@@ -156,6 +158,20 @@ def weigh_fixed_row(sequence: SequenceGroup | None, case: Case, num_tokens: int)
     return terms.weight.item()
 
 
+def add_up_gradients(
+    sequence: SequenceGroup, cases: Sequence[Case], sharding: Literal["none", "full"]
+) -> dict[str, np.ndarray]:
+    """What FSDP2 makes of the ranks' gradients of several rows, over all ranks of the world."""
+    ranks = dist.get_world_size()
+    shape, names = ((ranks,), ("shards",)) if sharding == "full" else ((ranks, 1), ("replicas", "shards"))
+    algorithm = build(cases[0], sequence)
+    shared = SharedDraft(algorithm, init_device_mesh("cpu", shape, mesh_dim_names=names))
+    for number, case in enumerate(cases, start=1):
+        row = part_of_row(case, algorithm, sequence.part)
+        shared.loss(row, last=number == len(cases)).total.backward()
+    return {name: p.grad.full_tensor().numpy() for name, p in algorithm.draft.named_parameters()}
+
+
 def exchange_numbers(sequence: SequenceGroup, counts: tuple[int, ...], dtype: torch.dtype) -> list[Any]:
     """This rank's share of a table after one exchange and after the way back, and the gradient of a weighted sum."""
     table = torch.arange(sum(counts) * 4 * 3, dtype=dtype).view(-1, 4, 3)
@@ -246,9 +262,10 @@ def running_ranks(folder: Path, size: int, backend: str = "gloo") -> Iterator[Ra
 
 def _serve(pipe: Connection, store: str, rank: int, size: int, backend: str) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
     if backend == "nccl":
         torch.cuda.set_device(rank)
+    else:
+        torch.set_num_threads(1)
     dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=size)
     # Not the group of all, as in a run of several sequence-parallel groups.
     groups = {count: dist.new_group(list(range(count))) for count in {2, size}}

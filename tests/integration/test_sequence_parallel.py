@@ -22,6 +22,7 @@ from sequence_ranks import (
     Ranks,
     Result,
     Watched,
+    add_up_gradients,
     build,
     compute_loss,
     exchange_numbers,
@@ -123,6 +124,17 @@ def test_the_cases_are_what_they_are_called():
     assert len(last.features.final_hidden) == 0
     assert part_range(5, Part(3, 4)) == (5, 5), "a part without tokens"
     assert len(draw_anchors(make_row([5], [[(3, 5)]]), DFLASH.anchor_every, 0)) == 1
+
+
+@pytest.mark.parametrize("sharding", ["none", "full"])
+@pytest.mark.parametrize("config", [EAGLE3, DFLASH], ids=["eagle3", "dflash"])
+def test_gradients_that_fsdp_adds_up_over_rows_and_ranks_are_those_of_one_rank(ranks: Ranks, config, sharding: str):
+    cases = [Case(config, *row, {"activation_checkpointing": True}) for row in (FIRST_EMPTY, PACKED)]
+    alone = [compute_loss(None, case).gradients for case in cases]
+    for gradients in ranks.call(4, add_up_gradients, cases, sharding):
+        for name, gradient in gradients.items():
+            expected = sum(one[name] for one in alone)
+            assert np.linalg.norm(gradient - expected) < 1e-5 * np.linalg.norm(expected), name
 
 
 @pytest.mark.parametrize("config", [EAGLE3, DFLASH], ids=["eagle3", "dflash"])
