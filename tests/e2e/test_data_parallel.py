@@ -78,6 +78,12 @@ def test_losses_do_not_depend_on_the_number_of_ranks(
     config = make_config("run", training__sharding=sharding)
     run_ranks(commands, config, num_ranks)
     assert_close_runs(config, alone)
+    balances = {line["step"]: line["balance"] for line in lines(config) if "balance" in line}
+    assert balances
+    assert {one["num_trainers"] for one in balances.values()} == {num_ranks}
+    for line in lines(config):
+        if line["step"] in balances:  # every token once, whichever rank trained it
+            assert balances[line["step"]]["window"]["tokens"] == line["tokens"]
 
 
 def num_forwards(server: Served) -> int:

@@ -131,6 +131,9 @@ def test_features_from_disk_change_nothing_either(
         assert run(config, StopsAfter(29)).status == "stopped"
     assert run(config).status == "finished"
     assert_equal_runs(inline, config)
+    balances = [line["balance"] for line in lines(config) if "balance" in line]
+    assert balances
+    assert all(one["limit"] in ("disk", "trainers") and "rows from disk" in one["text"] for one in balances)
 
 
 @pytest.mark.long

@@ -137,6 +137,18 @@ def test_submitting_a_row_never_waits_for_the_device(target: Path):
     engine.close()
 
 
+def test_times_of_rows_in_flight_together_do_not_overlap(target: Path):
+    """The next row's kernels are queued while a row computes: its time begins when that row is done."""
+    engine = HFEngine(TargetConfig(model=str(target), device="cuda", dtype="bfloat16"))
+    engine.capture(tiny_request(LENGTHS), SPEC).result(60)
+    began = time.monotonic()
+    futures = [engine.capture(tiny_request(LENGTHS, seed=seed), SPEC) for seed in range(30)]
+    rows = [future.result(60) for future in futures]
+    wall_s = time.monotonic() - began
+    assert 0.5 * wall_s < sum(row.computed_s for row in rows) <= wall_s
+    engine.close()
+
+
 def test_compiled_layers_give_the_same_features(target: Path):
     request = tiny_request(LENGTHS)
     plain = compute(target, request, dtype="bfloat16")

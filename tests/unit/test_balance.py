@@ -100,7 +100,8 @@ def test_rows_from_disk_have_a_speed() -> None:
 def test_nothing_is_said_of_a_window_in_which_nothing_happened() -> None:
     assert judge(BalanceWindow(), 1) is None
     assert judge(window(tokens=0.0), 1) is None
-    assert judge(window(target_s=0.0, target_tokens=0.0), 1) is None  # servers, and no row of theirs yet
+    assert judge(window(target_s=0.0, target_tokens=0.0), 1) is None  # servers, and no row of theirs
+    assert judge(window(target_s=0.0, target_tokens=0.0, server_s=0.0), 1) is None  # all rows had come before
 
 
 def test_a_gpu_that_works_while_its_host_waits_does_not_wait() -> None:

@@ -101,13 +101,11 @@ class Balance:
 
 
 def judge(window: BalanceWindow, num_trainers: int) -> Balance | None:
-    """The verdict on `window` of all ranks together; None where nothing was trained, or no row was computed yet."""
-    if window.tokens <= 0 or window.wall_s <= 0:
+    """The verdict on `window` of all ranks together; None where nothing was trained, or no row came."""
+    if min(window.tokens, window.wall_s, window.target_tokens) <= 0:
         return None
-    if window.server_s > 0 and window.target_s > 0:
-        return _judge_servers(window, num_trainers)
     if window.target_s > 0:
-        return _judge_shared(window, num_trainers)
+        return (_judge_servers if window.server_s > 0 else _judge_shared)(window, num_trainers)
     return None if window.server_s > 0 else _judge_disk(window, num_trainers)
 
 
