@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from dataclasses import dataclass
 from pathlib import Path
 
 from forking import Command, Commands
+from talk import Talk
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,3 +46,11 @@ def start_servers(commands: Commands, target: Path, directory: Path, num: int, *
     places = [directory / f"server-{number}" for number in range(num)]
     started = [start_server(commands, target, place, *options) for place in places]
     return [ready(command, place) for command, place in zip(started, places, strict=True)]
+
+
+def num_forwards(server: Served) -> int:
+    """Rows that its engine has computed since it was started."""
+    page = Talk(server.url).ask("GET", "/metrics").body.decode()
+    count = re.search(r"^paceline_row_forward_seconds_count ([\d.e+]+)$", page, re.MULTILINE)
+    assert count, page
+    return round(float(count[1]))

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from rich.console import Console
 from torch import Tensor
@@ -142,3 +143,26 @@ def same_weights(one: RunConfig, other: RunConfig) -> bool:
     """Whether the newest checkpoints hold the same weights, bit by bit."""
     ours, theirs = weights(one), weights(other)
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def assert_same_rows(one: RunConfig, other: RunConfig) -> None:
+    for ours, theirs in zip(lines(one), lines(other), strict=True):
+        for size in ("step", "rows", "tokens", "supervised_tokens"):
+            assert ours[size] == theirs[size]
+
+
+def assert_close_runs(one: RunConfig, other: RunConfig) -> None:
+    """Losses within 1e-6, the same rows in every step, the same acceptance, weights that the order of sums explains."""
+    assert_same_rows(one, other)
+    for ours, theirs in zip(lines(one), lines(other), strict=True):
+        for name, figures in ours["drafts"].items():
+            assert figures["loss"] == pytest.approx(theirs["drafts"][name]["loss"], rel=1e-6)
+            assert figures["weight"] == pytest.approx(theirs["drafts"][name]["weight"], rel=1e-6)
+    for ours, theirs in zip(lines(one, "eval"), lines(other, "eval"), strict=True):
+        for name, figures in ours["drafts"].items():
+            assert figures["acceptance_length"] == theirs["drafts"][name]["acceptance_length"]
+            assert figures["loss"] == pytest.approx(theirs["drafts"][name]["loss"], rel=1e-5)
+    ours_w, theirs_w = weights(one), weights(other)
+    assert ours_w.keys() == theirs_w.keys()
+    for name, weight in ours_w.items():
+        torch.testing.assert_close(weight, theirs_w[name], rtol=1e-4, atol=1e-5)

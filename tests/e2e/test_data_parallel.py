@@ -1,6 +1,5 @@
 """One run on several trainer ranks: the losses of one rank, exact resume, also on another number of ranks."""
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,8 @@ import torch
 from forking import Commands
 from paceline.config.run import RunConfig
 from ranks import run_ranks
-from served import Served
-from talk import Talk
-from whole_run import lines, losses, run, run_config, same_weights, weights
+from served import Served, num_forwards
+from whole_run import assert_close_runs, assert_same_rows, lines, losses, run, run_config, same_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 SETTINGS = {"training__rows_per_step": 5, "training__eval_every": 4, "training__max_eval_rows": 4}
@@ -39,29 +37,6 @@ def alone(tmp_path_factory: pytest.TempPathFactory, tiny_target: Path, data: Pat
     return config
 
 
-def assert_same_rows(one: RunConfig, other: RunConfig) -> None:
-    for ours, theirs in zip(lines(one), lines(other), strict=True):
-        for size in ("step", "rows", "tokens", "supervised_tokens"):
-            assert ours[size] == theirs[size]
-
-
-def assert_close_runs(one: RunConfig, other: RunConfig) -> None:
-    """Losses within 1e-6, the same rows in every step, the same acceptance, weights that the order of sums explains."""
-    assert_same_rows(one, other)
-    for ours, theirs in zip(lines(one), lines(other), strict=True):
-        for name, figures in ours["drafts"].items():
-            assert figures["loss"] == pytest.approx(theirs["drafts"][name]["loss"], rel=1e-6)
-            assert figures["weight"] == pytest.approx(theirs["drafts"][name]["weight"], rel=1e-6)
-    for ours, theirs in zip(lines(one, "eval"), lines(other, "eval"), strict=True):
-        for name, figures in ours["drafts"].items():
-            assert figures["acceptance_length"] == theirs["drafts"][name]["acceptance_length"]
-            assert figures["loss"] == pytest.approx(theirs["drafts"][name]["loss"], rel=1e-5)
-    ours_w, theirs_w = weights(one), weights(other)
-    assert ours_w.keys() == theirs_w.keys()
-    for name, weight in ours_w.items():
-        torch.testing.assert_close(weight, theirs_w[name], rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize(
     ("num_ranks", "sharding"),
     [
@@ -84,14 +59,6 @@ def test_losses_do_not_depend_on_the_number_of_ranks(
     for line in lines(config):
         if line["step"] in balances:  # every token once, whichever rank trained it
             assert balances[line["step"]]["window"]["tokens"] == line["tokens"]
-
-
-def num_forwards(server: Served) -> int:
-    """Rows that its engine has computed since it was started."""
-    page = Talk(server.url).ask("GET", "/metrics").body.decode()
-    count = re.search(r"^paceline_row_forward_seconds_count ([\d.e+]+)$", page, re.MULTILINE)
-    assert count, page
-    return round(float(count[1]))
 
 
 @pytest.mark.parametrize("num_ranks", [1, 4])

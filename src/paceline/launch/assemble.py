@@ -20,6 +20,7 @@ from paceline.data.prepared import PreparedData
 from paceline.data.rows import RowSource
 from paceline.drafts.interface import DraftAlgorithm
 from paceline.drafts.registry import load_algorithm
+from paceline.drafts.sequence import SequenceGroup
 from paceline.errors import DataError
 from paceline.evaluation.held_out import HeldOutEvaluation
 from paceline.launch.recorded import check_recording
@@ -27,6 +28,7 @@ from paceline.launch.targets import RemoteAccess, open_target
 from paceline.launch.trained import build_draft, remember_data, remember_target
 from paceline.launch.warm_up import compile_drafts
 from paceline.schema.features import FeatureSpec, merge_specs
+from paceline.schema.parts import WHOLE
 from paceline.schema.target_info import TargetInfo
 from paceline.target.hf.loading import resolve_device
 from paceline.training.ranks import Ranks
@@ -92,16 +94,29 @@ def assemble_trainer(
         if target.recording is not None:
             check_recording(target.recording, specs, train_rows)
         counts = prepared.token_counts
-        drafts = {name: build_draft(config, name, info, weights, counts, device, dtype) for name in config.drafts}
+        sequence = None
+        if ranks.sequence_group is not None:
+            sequence = SequenceGroup(ranks.sequence_group, ranks.part, ranks.sequence_parallel)
+        drafts = {
+            name: build_draft(config, name, info, weights, counts, device, dtype, sequence) for name in config.drafts
+        }
         if config.training.compile:
             compile_drafts(drafts, config.data.row_tokens)
-        pool = FeaturePool(target.servers, specs, config.pool, info)
+        pool = FeaturePool(target.servers, specs, config.pool, info, group=ranks.draw_secret())
         stack.callback(pool.close)
         transport = config.transport
         budget = PrefetchBudget(transport.prefetch_rows, transport.prefetch_bytes)
         num_rows = config.training.num_epochs * train_rows.num_rows
         share = DealtPositions(num_rows, config.training.rows_per_step, ranks.data_rank, ranks.num_data_ranks)
-        stream = FeatureStream(train_rows.row, pool, budget, TRAINING, share, row_timeout_s=transport.row_timeout_s)
+        stream = FeatureStream(
+            train_rows.row,
+            pool,
+            budget,
+            TRAINING,
+            share,
+            part=WHOLE if sequence is None else sequence.part,
+            row_timeout_s=transport.row_timeout_s,
+        )
         stack.callback(stream.close)
 
         def open_eval_stream(num: int) -> FeatureStream:

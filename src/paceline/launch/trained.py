@@ -18,6 +18,7 @@ from paceline.config.run_dir import RunDir
 from paceline.data.prepared import PreparedData
 from paceline.drafts.interface import DraftAlgorithm, DraftContext, TargetWeights
 from paceline.drafts.registry import build_algorithm
+from paceline.drafts.sequence import SequenceGroup
 from paceline.drafts.vocabulary import build_vocabulary
 from paceline.errors import ConfigError, RunDirectoryError
 from paceline.launch.run import load_resolved
@@ -134,11 +135,13 @@ def build_draft(
     token_counts: np.ndarray,
     device: torch.device,
     dtype: torch.dtype,
+    sequence: SequenceGroup | None = None,
 ) -> DraftAlgorithm:
     """One draft of the run, initialised and on `device`.
 
     Args:
         token_counts: of the data the run is trained on, whatever the configuration names now.
+        sequence: the ranks that train each row together with this one; None where it trains whole rows.
     """
     draft, training = config.drafts[name], config.training
     vocabulary = build_vocabulary(token_counts, getattr(draft, "vocab_size", 0), info.vocab_size)
@@ -152,6 +155,7 @@ def build_draft(
         head_chunk_tokens=training.head_chunk_tokens,
         compile=training.compile,
         activation_checkpointing=training.activation_checkpointing,
+        sequence=sequence,
     )
     algorithm = build_algorithm(draft, context)
     num_weights = sum(parameter.numel() for parameter in algorithm.draft.parameters())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -53,6 +54,7 @@ class Ranks:
         self.checkpoint_group = dist.new_group(backend="gloo") if num_ranks > 1 else None
         """For the thread that writes checkpoints."""
         self.sequence_group = self._open_sequence_group()
+        """The ranks that train the same rows as this one; None where rows are trained whole."""
 
     @property
     def is_first(self) -> bool:
@@ -86,6 +88,12 @@ class Ranks:
         values: list[Any] = [None] * self.num_ranks
         dist.all_gather_object(values, value)
         return values
+
+    def draw_secret(self) -> str | None:
+        """32 hex digits that the ranks of this sequence-parallel group know, drawn anew; None without one."""
+        if self.sequence_parallel == 1:
+            return None
+        return self.gather(secrets.token_hex(16))[self.data_rank * self.sequence_parallel]
 
     def first_then_others(self, call: Callable[[], T]) -> T:
         """`call()` on rank 0; on the others once it has returned there, so that they find what it wrote."""
