@@ -377,6 +377,8 @@ def test_only_a_recording_of_the_same_is_gone_on_with(
     config = dflash_config(tmp_path / "run", tiny_target, data)
     with pytest.raises(DataError, match=r"begun with other data, settings or drafts:\n  features: .*layers"):
         write_recording(config, recorded)
+    other_depth = run_config(tmp_path / "deeper", tiny_target, data, **SHARD, drafts__eagle3__num_depths=2)
+    assert write_recording(other_depth, recorded) == read_manifest(RecordingDir(recorded)), "its features are the same"
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("")
     with pytest.raises(DataError, match=r"not empty \(thesis\.tex is in it\)"):

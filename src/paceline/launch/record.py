@@ -6,7 +6,7 @@ import contextlib
 import logging
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -166,7 +166,8 @@ def _begin(
     check: bool,
 ) -> RecordingManifest:
     """The manifest to go on with; the first time, everything but the shards is written before it."""
-    spec = merge_specs(feature_specs(config, target.info).values())
+    # Whole rows are recorded, which parts with any halo can be taken of.
+    spec = replace(merge_specs(feature_specs(config, target.info).values()), halo=0)
     if output.manifest.exists():
         manifest = read_manifest(output)
         _check_same(output, manifest, spec, prepared, target.info)
