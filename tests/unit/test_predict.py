@@ -236,6 +236,9 @@ def test_where_nothing_can_be_said_the_reason_is(dense: Path) -> None:
     assert describe_prediction(config, plan_processes(config, 0), None) == [
         "no prediction for a CPU; for a GPU that is not here: --device H200"
     ]
+    others = run_of(dense, EAGLE3, launcher="external")
+    assert describe_prediction(others, plan_processes(others, 0), None)[0].startswith("no prediction for a CPU")
+    assert "how many there are" in describe_prediction(others, plan_processes(others, 1), "H100")[-1]
     one_gpu = run_of(dense, EAGLE3, target="servers")
     assert "share cuda:0" in describe_prediction(one_gpu, plan_processes(one_gpu, 1), "H100")[0]
     assert num_gpus_wanted(one_gpu) == 2
