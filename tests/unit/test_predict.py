@@ -181,6 +181,9 @@ def test_the_verdict_beforehand_is_said_like_that_of_a_run(dense: Path) -> None:
     shared = predicted(run_of(dense, EAGLE3), ROWS["eagle3"])
     assert shared.balance.limit == "shared"
     assert shared.balance.servers_work == pytest.approx(0.57, abs=0.02)
+    four = predicted(run_of(dense, EAGLE3, num_trainers=4), ROWS["eagle3"])
+    assert four.balance.servers_work == pytest.approx(shared.balance.servers_work)
+    assert four.balance.tokens_per_s == pytest.approx(4 * shared.balance.tokens_per_s)
 
 
 def test_several_servers_that_are_missing_are_counted(dense: Path) -> None:

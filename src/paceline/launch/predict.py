@@ -153,7 +153,7 @@ def _balance(config: RunConfig, demand: float, supply: float | None, per_token: 
         target_s = rate / supply
     else:  # the device does one after the other
         rate = num_trainers / (1 / demand + 1 / supply)
-        target_s = rate / num_trainers / supply
+        target_s = rate / supply
     busy_s = rate / all_demand
     window = BalanceWindow(
         wall_s=1.0,
