@@ -90,6 +90,14 @@ def test_on_one_device_the_target_has_a_share_and_servers_are_no_free_gain() -> 
     assert "further devices" in found.text
 
 
+def test_on_several_devices_the_share_is_that_of_each() -> None:
+    one = window(data_wait_s=5.0, busy_s=44.0, target_s=56.0, server_s=0.0)
+    both = verdict(across_ranks([one, one]), num_trainers=2)
+    assert both.servers_work == pytest.approx(0.56)
+    assert both.tokens_per_s == 2 * verdict(one).tokens_per_s
+    assert "share each trainer's device" in both.text
+
+
 def test_rows_from_disk_have_a_speed() -> None:
     found = verdict(window(data_wait_s=20.0, busy_s=79.0, target_s=0.0, server_s=0.0, num_bytes=123e9))
     assert found.limit == "disk"

@@ -26,7 +26,11 @@ from paceline.data.conversations import build_conversation, check_roles
 from paceline.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    *(ROOT / name / "README.md" for name in ("benchmarks", "recipes")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
 SECTIONS: dict[str, Any] = {
     name: field.annotation for name, field in RunConfig.model_fields.items() if name not in ("run_dir", "seed")

@@ -181,6 +181,9 @@ def test_the_verdict_beforehand_is_said_like_that_of_a_run(dense: Path) -> None:
     shared = predicted(run_of(dense, EAGLE3), ROWS["eagle3"])
     assert shared.balance.limit == "shared"
     assert shared.balance.servers_work == pytest.approx(0.57, abs=0.02)
+    four = predicted(run_of(dense, EAGLE3, num_trainers=4), ROWS["eagle3"])
+    assert four.balance.servers_work == pytest.approx(shared.balance.servers_work)
+    assert four.balance.tokens_per_s == pytest.approx(4 * shared.balance.tokens_per_s)
 
 
 def test_several_servers_that_are_missing_are_counted(dense: Path) -> None:
@@ -236,6 +239,9 @@ def test_where_nothing_can_be_said_the_reason_is(dense: Path) -> None:
     assert describe_prediction(config, plan_processes(config, 0), None) == [
         "no prediction for a CPU; for a GPU that is not here: --device H200"
     ]
+    others = run_of(dense, EAGLE3, launcher="external")
+    assert describe_prediction(others, plan_processes(others, 0), None)[0].startswith("no prediction for a CPU")
+    assert "how many there are" in describe_prediction(others, plan_processes(others, 1), "H100")[-1]
     one_gpu = run_of(dense, EAGLE3, target="servers")
     assert "share cuda:0" in describe_prediction(one_gpu, plan_processes(one_gpu, 1), "H100")[0]
     assert num_gpus_wanted(one_gpu) == 2

@@ -306,7 +306,7 @@ def _print_plan(config: RunConfig, device: str | None = None) -> None:
     processes = plan_processes(config, num_gpus)
     console.print(plan_table(processes))
     for line in [*describe_rows(config), "", *describe_prediction(config, processes, device)]:
-        console.print(line, highlight=False)
+        console.print(line, highlight=False, soft_wrap=True)
 
 
 def _print_result(result: TrainingResult, console: Console) -> None:

@@ -51,8 +51,9 @@ def gpu_name() -> str:
 def num_gpus_wanted(config: RunConfig) -> int:
     """GPUs of a machine on which every process of the run has its own: to plan for one that is not here."""
     placement = config.placement
-    servers = placement.num_servers if placement.target == "servers" else 0
-    return servers * config.target.tensor_parallel + placement.num_trainers
+    targets = {"servers": placement.num_servers, "inline": placement.num_trainers}.get(placement.target, 0)
+    trainers = 0 if placement.target == "inline" else placement.num_trainers
+    return targets * config.target.tensor_parallel + trainers
 
 
 def plan_processes(config: RunConfig, num_gpus: int) -> list[PlannedProcess]:

@@ -19,7 +19,7 @@ from paceline.config.run_dir import RunDir
 from paceline.data.prepared import PreparedData, load_prepared
 from paceline.errors import DataError, TargetError
 from paceline.launch.devices import Device, find_device, named_device
-from paceline.launch.plan import PlannedProcess, gpu_name
+from paceline.launch.plan import PlannedProcess, count_gpus, gpu_name
 from paceline.launch.target_facts import bytes_per_token, outline_target, training_spec
 from paceline.launch.work import DraftWork, TargetWork, Workload, draft_work, target_work
 from paceline.observe.balance import Balance, BalanceWindow, judge
@@ -153,7 +153,7 @@ def _balance(config: RunConfig, demand: float, supply: float | None, per_token: 
         target_s = rate / supply
     else:  # the device does one after the other
         rate = num_trainers / (1 / demand + 1 / supply)
-        target_s = rate / num_trainers / supply
+        target_s = rate / supply
     busy_s = rate / all_demand
     window = BalanceWindow(
         wall_s=1.0,
@@ -182,7 +182,9 @@ def _memory(
     held = max(1.0, min(transport.prefetch_rows + 1.0, transport.prefetch_bytes / row_bytes)) * row_bytes
     ranks = placement.num_trainers if config.training.sharding == "full" else 1
     # Activations of several drafts never exist together: one after the other trains on a row.
+    # A group of ranks that trains a row together shares it out.
     trainer = held + max(work.activation_bytes for work in drafts.values())
+    trainer /= config.training.sequence_parallel
     trainer += sum((work.weight_bytes + work.state_bytes) / ranks + work.frozen_bytes for work in drafts.values())
     if target is None:
         return {"trainer": trainer}
@@ -206,6 +208,8 @@ def _notes(config: RunConfig, device: Device, target: TargetWork | None) -> list
         notes.append(f"tensor parallelism is counted as {config.target.tensor_parallel} times the speed, at most")
     if config.placement.target == "urls":
         notes.append("servers are taken to be of the same kind, compiled as target.compile says here")
+    if config.placement.launcher == "external":
+        notes.append("for one trainer rank: how many there are, torchrun or Slurm says")
     if config.placement.num_trainers > 1:
         notes.append("what trainer ranks lose by adding gradients up is not counted")
     if config.data.recorded is not None and target is not None:
@@ -223,7 +227,7 @@ def describe_prediction(config: RunConfig, processes: list[PlannedProcess], devi
         ConfigError: a device that is not in the table.
     """
     elsewhere = None if device is None else named_device(device)
-    if any("cpu" in process.devices for process in processes):
+    if any("cpu" in process.devices for process in processes) or (device is None and count_gpus() == 0):
         return ["no prediction for a CPU; for a GPU that is not here: --device H200"]
     found = elsewhere or find_device(gpu_name())
     if found is None:

@@ -36,7 +36,7 @@ class BalanceWindow:
     target_tokens: float = 0.0
     """Of rows received."""
     target_s: float = 0.0
-    """Time servers spent on these rows."""
+    """Time servers spent on these rows, all of them together."""
     server_s: float = 0.0
     """`wall_s` times the number of servers; 0 where there are none."""
 
@@ -175,7 +175,8 @@ def _text(verdict: Balance) -> str:
 
 
 def _judge_shared(window: BalanceWindow, num_trainers: int) -> Balance:
-    share = window.target_s / (window.target_s + window.busy_s)
+    target_s = window.target_s / num_trainers  # of one device, as the time for drafts is
+    share = target_s / (target_s + window.busy_s)
     where = "the trainer's device" if num_trainers == 1 else "each trainer's device"
     text = (
         f"target and drafts share {where}: {share:.0%} of the work is the target's; servers would take it off, but on "
