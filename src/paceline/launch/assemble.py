@@ -6,6 +6,7 @@ import contextlib
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,11 +25,11 @@ from paceline.drafts.sequence import SequenceGroup
 from paceline.errors import DataError
 from paceline.evaluation.held_out import HeldOutEvaluation
 from paceline.launch.recorded import check_recording
-from paceline.launch.targets import RemoteAccess, open_target
+from paceline.launch.targets import OpenTarget, RemoteAccess, open_target
 from paceline.launch.trained import build_draft, remember_data, remember_target
 from paceline.launch.warm_up import compile_drafts
 from paceline.schema.features import FeatureSpec, merge_specs
-from paceline.schema.parts import WHOLE
+from paceline.schema.parts import Part
 from paceline.schema.target_info import TargetInfo
 from paceline.target.hf.loading import resolve_device
 from paceline.training.ranks import Ranks
@@ -85,7 +86,7 @@ def assemble_trainer(
     with contextlib.ExitStack() as stack:
         dtype = getattr(torch, config.training.dtype)
         target = stack.enter_context(open_target(config, device, dtype, access))
-        info, weights = target.info, target.weights
+        info = target.info
         if ranks.is_first:
             run = RunDir(Path(config.run_dir))
             remember_target(run, info)
@@ -93,46 +94,46 @@ def assemble_trainer(
         specs = feature_specs(config, info)
         if target.recording is not None:
             check_recording(target.recording, specs, train_rows)
-        counts = prepared.token_counts
-        sequence = None
-        if ranks.sequence_group is not None:
-            sequence = SequenceGroup(ranks.sequence_group, ranks.part, ranks.sequence_parallel)
-        drafts = {
-            name: build_draft(config, name, info, weights, counts, device, dtype, sequence) for name in config.drafts
-        }
-        if config.training.compile:
-            compile_drafts(drafts, config.data.row_tokens)
+        drafts = _build_drafts(config, target, prepared, device, ranks)
         pool = FeaturePool(target.servers, specs, config.pool, info, group=ranks.draw_secret())
         stack.callback(pool.close)
         transport = config.transport
-        budget = PrefetchBudget(transport.prefetch_rows, transport.prefetch_bytes)
-        num_rows = config.training.num_epochs * train_rows.num_rows
-        share = DealtPositions(num_rows, config.training.rows_per_step, ranks.data_rank, ranks.num_data_ranks)
-        stream = FeatureStream(
-            train_rows.row,
-            pool,
-            budget,
-            TRAINING,
-            share,
-            part=WHOLE if sequence is None else sequence.part,
+        open_stream = partial(
+            FeatureStream,
+            pool=pool,
+            budget=PrefetchBudget(transport.prefetch_rows, transport.prefetch_bytes),
             row_timeout_s=transport.row_timeout_s,
         )
+        num_rows = config.training.num_epochs * train_rows.num_rows
+        share = DealtPositions(num_rows, config.training.rows_per_step, ranks.data_rank, ranks.num_data_ranks)
+        part = Part(ranks.part, ranks.sequence_parallel)
+        stream = open_stream(train_rows.row, spec=TRAINING, positions=share, part=part)
         stack.callback(stream.close)
 
         def open_eval_stream(num: int) -> FeatureStream:
-            return FeatureStream(
-                eval_rows.row,
-                pool,
-                budget,
-                EVALUATION,
-                range(ranks.rank, num, ranks.num_ranks),
-                own_rows=1,
-                row_timeout_s=transport.row_timeout_s,
-            )
+            # Whole rows, also on ranks that train parts: a walk reads all of a row.
+            own = range(ranks.rank, num, ranks.num_ranks)
+            return open_stream(eval_rows.row, spec=EVALUATION, positions=own, own_rows=1)
 
         limit = config.training.max_eval_rows or eval_rows.num_rows
         evaluate = HeldOutEvaluation(drafts, open_eval_stream, min(limit, eval_rows.num_rows), ranks.gather)
         yield TrainerParts(drafts, stream, num_rows, evaluate, pool)
+
+
+def _build_drafts(
+    config: RunConfig, target: OpenTarget, prepared: PreparedData, device: torch.device, ranks: Ranks
+) -> dict[str, DraftAlgorithm]:
+    dtype = getattr(torch, config.training.dtype)
+    sequence = None
+    if ranks.sequence_group is not None:
+        sequence = SequenceGroup(ranks.sequence_group, ranks.part, ranks.sequence_parallel)
+    counts, weights = prepared.token_counts, target.weights
+    drafts = {
+        name: build_draft(config, name, target.info, weights, counts, device, dtype, sequence) for name in config.drafts
+    }
+    if config.training.compile:
+        compile_drafts(drafts, config.data.row_tokens)
+    return drafts
 
 
 def _check_rows(train: RowSource, evaluation: RowSource) -> None:
