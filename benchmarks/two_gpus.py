@@ -38,7 +38,6 @@ dtype = "bfloat16"
 compile = true
 [data]
 train = "{work}/conversations.jsonl"
-eval = "none"
 row_tokens = 8192
 min_supervised_tokens = 8
 max_skipped_fraction = 0.9

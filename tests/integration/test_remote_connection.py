@@ -278,7 +278,7 @@ def test_a_connection_that_the_server_closed_while_idle_is_replaced_silently() -
 def test_a_server_of_another_protocol_version_is_refused() -> None:
     with (
         talking(reply(info_body(protocol=99))) as (url, _),
-        pytest.raises(HandshakeError, match=r"speaks version 99 .*, this trainer speaks 1"),
+        pytest.raises(HandshakeError, match=r"speaks version 99 .*, this trainer speaks 2"),
     ):
         calls_to(url).info()
 
