@@ -70,7 +70,11 @@ def measure(config: Path, draft: str, placement: str, arguments: argparse.Namesp
     """Train, and print one line of the table, with the verdict below it."""
     run_dir = arguments.work / f"{draft}-{placement}".replace(" ", "-").replace(",", "")
     words = [f"run_dir={run_dir}", *DRAFTS[draft], *PLACEMENTS[placement], f"training.max_steps={arguments.steps}"]
-    predicted = [line for line in paceline("plan", str(config), *words).splitlines() if "predict" in line.lower()]
+    paceline("prepare", str(config), *words)
+    plan = paceline("plan", str(config), *words).splitlines()
+    predicted = [
+        line for line in plan if line.startswith(("prediction", "a trainer:", "a server:", "the run:", "any "))
+    ]
     begin = time.monotonic()
     paceline("train", str(config), *words)
     wall_s = time.monotonic() - begin
@@ -83,7 +87,7 @@ def measure(config: Path, draft: str, placement: str, arguments: argparse.Namesp
     share = sum(line["supervised_tokens"] for line in lines) / sum(line["tokens"] for line in lines)
     spread = f"{min(line['tokens_per_s'] for line in lines):,.0f}-{max(line['tokens_per_s'] for line in lines):,.0f}"
     cells = [draft, placement, f"{rate:,.0f}", spread, f"{rate / 2:,.0f}", f"{waiting:.0%}", f"{tokens:,.0f}"]
-    cells += [f"{share:.0%}", f"{wall_s:.0f}", str(lines[-1].get("balance", ""))]
+    cells += [f"{share:.0%}", f"{wall_s:.0f}", lines[-1].get("balance", {}).get("text", "")]
     print("| " + " | ".join(cells) + " |", flush=True)
     for line in predicted:
         print("  plan:", line, flush=True)
