@@ -45,6 +45,7 @@ cache_dir = "{work}/prepared"
 [drafts.draft]
 algorithm = "eagle3"
 [training]
+num_epochs = 100
 rows_per_step = 2
 compile = true
 log_every = 4
