@@ -18,8 +18,11 @@ import pytest
 from forking import Command, Commands
 from own_processes import alive, children_of, num_steps, start, write_config
 from paceline.cli.main import app
+from paceline.config.loading import build_config
 from paceline.config.run import RunConfig
+from paceline.config.run_dir import RunDir
 from paceline.errors import ConfigError
+from paceline.launch.run import load_resolved
 from whole_run import QuietSignals, losses, run, run_config, same_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -47,9 +50,10 @@ def wait_gone(commands: Commands, pids: list[int], deadline: float) -> None:
 def two_trainers(
     commands: Commands, tmp_path_factory: pytest.TempPathFactory, tiny_target: Path, data: Path
 ) -> RunConfig:
-    """A finished run of two trainers that one command has started."""
+    """A finished run of two trainers that one command has started; targets are on the devices of their trainers."""
     directory = tmp_path_factory.mktemp("two")
-    config = trainers_config(directory / "run", tiny_target, data)
+    devices = {"training__device": "auto", "target__device": "auto", "placement__trainer_devices": ["cpu", "cpu"]}
+    config = trainers_config(directory / "run", tiny_target, data, **devices)
     command = start(commands, config, directory)
     assert command.wait(120) == 0, command.output
     assert "finished after step" in command.output
@@ -61,11 +65,24 @@ def test_one_command_trains_on_two_trainers(two_trainers: RunConfig, tiny_target
     for rank in (0, 1):
         assert f"trainer-{rank} " in (run_dir / "logs" / f"trainer-{rank}.log").read_text()
     assert "trainers on cpu, cpu" in (run_dir / "logs" / "supervisor-0.log").read_text()
+    kept = build_config(load_resolved(RunDir(run_dir)))
+    assert kept == two_trainers, "the devices of a rank are no settings of the run"
     one = run_config(run_dir.with_name("one"), tiny_target, data, **SETTINGS | {"placement__num_trainers": 1})
     run(one)
     assert len(losses(one)) > 4
     for ours, theirs in zip(losses(two_trainers), losses(one), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-6)
+
+
+def test_the_plan_names_every_process(
+    tiny_target: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = trainers_config(tmp_path / "run", tiny_target, data, placement__target="servers")
+    for verb in (["plan"], ["train", "--plan"]):
+        app([*verb, str(write_config(config, tmp_path))], obj=QuietSignals(), standalone_mode=False)
+        shown = capsys.readouterr().out
+        assert all(name in shown for name in ("server-0", "trainer-0", "trainer-1")), shown
+    assert not (tmp_path / "run" / "logs").exists(), "and starts none"
 
 
 def test_a_killed_trainer_ends_the_run_with_its_servers_and_is_named(
