@@ -158,6 +158,19 @@ def test_a_rank_that_ignores_its_end_is_killed_at_the_deadline(tmp_path: Path) -
     assert job.workers.num_killed == 1
 
 
+def test_a_rank_that_others_waited_for_in_vain_is_named_with_its_log(tmp_path: Path) -> None:
+    job = Job(tmp_path, grace_s=1.0)
+    job.failing("raise RuntimeError('[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 10000ms')")
+    hanging = job.shell("exec sleep 100")
+    os.kill(hanging.pid, signal.SIGSTOP)
+    with pytest.raises(TrainerFailedError) as caught:
+        job.run(15)
+    text = str(caught.value)
+    assert text.startswith("trainer-0 failed first: Traceback")
+    assert "trainer-1 had to be killed, and may be the one that others waited for" in text
+    assert "| rank 1 has begun" in text
+
+
 def test_a_rank_that_is_left_behind_by_the_others_does_not_run_for_ever(tmp_path: Path) -> None:
     job = Job(tmp_path, stragglers_s=1.0)
     job.shell("exit 0")

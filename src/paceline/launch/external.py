@@ -122,8 +122,10 @@ def train_external(
 def _from_torchrun(environ: Mapping[str, str]) -> External:
     numbers = _numbers("torchrun", environ, _TORCHRUN, names=("MASTER_ADDR",))
     address = f"tcp://{_bracketed(environ['MASTER_ADDR'])}:{numbers['MASTER_PORT']}"
-    # torchrun's agent listens at that port already, unless it says otherwise.
+    # torchrun's agent listens at that port already, unless it says otherwise, and goes on when it starts ranks anew.
     hosted = environ.get("TORCHELASTIC_USE_AGENT_STORE", "False") != "True"
+    if not hosted:
+        address += f"/attempt-{environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     rendezvous = Rendezvous(numbers["RANK"], numbers["WORLD_SIZE"], address, hosted)
     return External(_checked("torchrun", rendezvous), numbers["LOCAL_RANK"], "torchrun")
 

@@ -12,7 +12,8 @@ class Rendezvous:
     rank: int
     num_ranks: int
     address: str
-    """"file:///PATH": a file that does not exist yet, on one host. "tcp://HOST:PORT": rank 0 listens there."""
+    """"file:///PATH": a file that does not exist yet, on one host. "tcp://HOST:PORT": rank 0 listens there.
+    "tcp://HOST:PORT/NAME": the same; the name keeps apart those who meet there one after the other."""
     hosted: bool = True
     """tcp: rank 0 listens; False where somebody does already (torchrun's agent)."""
 

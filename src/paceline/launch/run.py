@@ -123,7 +123,7 @@ def open_run(config: RunConfig) -> Run:
 
 
 def recall_run(paths: RunDir) -> Run:
-    """The run of a directory that another rank of it has opened.
+    """The run of a directory that another process of it has opened.
 
     Raises:
         RunDirectoryError: this process does not see it.
@@ -132,7 +132,7 @@ def recall_run(paths: RunDir) -> Run:
         return Run(paths, str(json.loads(paths.versions.read_text(encoding="utf-8"))["run_id"]))
     except (OSError, ValueError, KeyError) as error:
         raise RunDirectoryError(
-            f"cannot read {paths.versions}, which trainer rank 0 has written ({error}): all ranks need the same "
+            f"cannot read {paths.versions}, written when the run was opened ({error}): all ranks need the same "
             "run_dir, on a file system that they share"
         ) from error
 

@@ -54,6 +54,7 @@ def train(config: RunConfig, signals: StopSignals, console: Console, rendezvous:
     with contextlib.ExitStack() as stack:
         if rendezvous.rank == 0:
             stack.enter_context(lock_run(paths))
+            open_run(config)
         return train_as_child(config, signals, console, rendezvous=rendezvous)
 
 
@@ -64,7 +65,7 @@ def train_as_child(
     token_file: Path | None = None,
     rendezvous: Rendezvous = ALONE,
 ) -> TrainingResult:
-    """The same for a process whose parent holds the run directory and has started servers, if there are any.
+    """The same for a process whose parent holds and has opened the run directory, and has started servers, if any.
 
     Raises:
         PacelineError: as `train`.
@@ -73,7 +74,6 @@ def train_as_child(
     paths, rank = RunDir(Path(config.run_dir)), rendezvous.rank
     with contextlib.ExitStack() as stack:
         stack.enter_context(_full_disk_named(paths))
-        run = open_run(config) if rank == 0 else None
         log = paths.log("trainer", rank)
         stack.enter_context(logging_for("trainer", rank, log, console if rank == 0 else None))
         set_numerics(config, rank)
@@ -85,7 +85,7 @@ def train_as_child(
         prepared = ranks.first_then_others(lambda: prepare_data(config, paths, target_facts(config, access)))
         parts = stack.enter_context(assemble_trainer(config, prepared, access, ranks))
         _let_go_on_stop(parts, signals, ranks)
-        return _run_trainer(config, run or recall_run(paths), parts, ranks, console)
+        return _run_trainer(config, recall_run(paths), parts, ranks, console)
 
 
 def _meet(config: RunConfig, signals: StopSignals, rendezvous: Rendezvous) -> AbstractContextManager[Ranks]:

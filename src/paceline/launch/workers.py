@@ -145,7 +145,7 @@ class Workers:
             first, failure = failed[0]
             if first.failure_file is None and first.code is not None and first.code > 0:
                 return first.code  # it has told the user itself
-            raise _error(first, failure, failed[1:], len(self._workers))
+            raise _error(first, failure, failed[1:], self._workers)
         if self._straggling:
             raise TrainerFailedError(self._straggling)
         code = next((worker.code for worker in self._workers if worker.code), 0)
@@ -171,8 +171,10 @@ class Workers:
             worker.child.ask_to_end()
 
 
-def _error(first: Worker, failure: Failure, others: list[tuple[Worker, Failure]], num: int) -> TrainerFailedError:
-    name = first.child.name
+def _error(
+    first: Worker, failure: Failure, others: list[tuple[Worker, Failure]], workers: list[Worker]
+) -> TrainerFailedError:
+    name, num = first.child.name, len(workers)
     if num == 1 and first.written_failure() is not None:
         error = TrainerFailedError(failure.message)
         for note in failure.notes:
@@ -180,4 +182,11 @@ def _error(first: Worker, failure: Failure, others: list[tuple[Worker, Failure]]
         return error
     lines = [f"{name} failed first: {failure.text}" if num > 1 else f"{name} ended: {failure.text}"]
     lines += [f"{worker.child.name} after it: {other.summary}" for worker, other in others]
+    if failure.follows:  # nobody said what was wrong
+        killed = [worker for worker in workers if worker.as_told and worker.code == -signal.SIGKILL]
+        lines += [
+            f"{worker.child.name} had to be killed, and may be the one that others waited for; the last lines of "
+            f"{worker.log}:\n{last_lines(worker.log)}"
+            for worker in killed
+        ]
     return TrainerFailedError("\n".join(lines))

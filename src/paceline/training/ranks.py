@@ -134,7 +134,8 @@ def open_ranks(
     """The ranks of a run, met at `address`; gloo for the host's tensors, NCCL for those of GPUs.
 
     Args:
-        address: "file:///PATH" of a file that does not exist yet, on one host; or "tcp://HOST:PORT".
+        address: "file:///PATH" of a file that does not exist yet, on one host; or "tcp://HOST:PORT", or
+            "tcp://HOST:PORT/NAME".
         hosted: rank 0 listens at HOST:PORT; else somebody does already (torchrun's agent).
         timeout_s: waiting longer for another rank is an error.
 
@@ -165,7 +166,9 @@ def _store(rank: int, num_ranks: int, address: str, hosted: bool, timeout: timed
         # One host: gloo would otherwise listen on whatever address the host's name stands for.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         return FileStore(address.removeprefix("file://"), num_ranks)
-    host, separator, port = address.removeprefix("tcp://").rpartition(":")
+    place, _, name = address.removeprefix("tcp://").partition("/")
+    host, separator, port = place.rpartition(":")
     if not address.startswith("tcp://") or not separator or not port.isdigit():
         raise ConfigError(f"rendezvous {address!r}: file:///PATH or tcp://HOST:PORT")
-    return TCPStore(host.strip("[]"), int(port), num_ranks, is_master=hosted and rank == 0, timeout=timeout)
+    store = TCPStore(host.strip("[]"), int(port), num_ranks, is_master=hosted and rank == 0, timeout=timeout)
+    return PrefixStore(name, store) if name else store
