@@ -8,6 +8,7 @@ import logging
 import os
 import secrets
 import signal
+import socket
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 _LOOK_EVERY_S = 0.5
 _LOG_EVERY_S = 30.0
+_CONNECT_S = 10.0
 _OBJECT_STORE_BYTES = 80 << 20
 """Ray's least is 75 MB; no feature ever passes through it."""
 logger = logging.getLogger(__name__)
@@ -61,6 +63,13 @@ def check_ray(config: RayConfig) -> None:
             f"placement.ray.address = {address!r}: the command has to run on a node of the cluster, since it holds the "
             "run directory; submit it with `ray job submit -- paceline train ... placement.ray.address=auto`"
         )
+
+
+def _check_reached(address: str) -> None:
+    """Raise OSError if nobody listens there; Ray itself would try for minutes, and then end this process."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_S).close()
 
 
 @contextlib.contextmanager
@@ -97,8 +106,9 @@ def open_cluster(config: RunConfig) -> Iterator[Cluster]:
             )
         else:
             try:
+                _check_reached(settings.address)
                 _init(stack, address=settings.address, namespace=settings.namespace)
-            except (ConnectionError, ValueError, RuntimeError) as error:
+            except (OSError, ValueError, RuntimeError) as error:
                 raise ConfigError(
                     f"cannot connect to the Ray cluster at placement.ray.address = {settings.address!r}; the command "
                     f"has to run on one of its nodes (`ray start` there, or `ray job submit`): {error}"

@@ -57,6 +57,8 @@ class _OnRay:
     """Of the processes that use servers, or have a target of their own."""
     options: Sequence[str]
     """Of that verb, besides the configuration."""
+    console: Console
+    """Where rank 0's output is shown."""
     servers: list[FollowedServer] = field(default_factory=list)
     trainers: list[Followed] = field(default_factory=list)
 
@@ -92,9 +94,9 @@ def run_on_ray(config: RunConfig, signals: StopSignals, console: Console, words:
             limit_s = config.placement.start_timeout_s
             group = stack.enter_context(reserve(cluster, name, limit_s, signals.stop))
             nonce = stack.enter_context(_nonce(paths))
-            run = _OnRay(config, paths, words[0], words[1:])
+            run = _OnRay(config, paths, words[0], words[1:], console)
             try:
-                _start_all(run, cluster, group, nonce, console)
+                _start_all(run, cluster, group, nonce)
                 return _supervise(run, signals)
             finally:
                 _end_all(run)
@@ -115,7 +117,7 @@ def _nonce(paths: RunDir) -> Iterator[str]:
         paths.nonce.unlink(missing_ok=True)
 
 
-def _start_all(run: _OnRay, cluster: Cluster, group: Any, nonce: str, console: Console) -> None:
+def _start_all(run: _OnRay, cluster: Cluster, group: Any, nonce: str) -> None:
     token, placement = draw_token(), run.config.placement
     whereabouts = Whereabouts(
         str(Path.cwd()), str(run.paths.nonce.absolute()), nonce, VERSION, os.environ.get(_THREADS_VARIABLE)
@@ -134,7 +136,7 @@ def _start_all(run: _OnRay, cluster: Cluster, group: Any, nonce: str, console: C
             actor = start_actor(
                 bundle, _trainer_order(run, bundle, len(trainers), where), whereabouts, token, group, index, 0
             )
-            run.trainers.append(Followed(bundle, actor, console if bundle.rank == 0 else None))
+            run.trainers.append(Followed(bundle, actor, run.console if bundle.rank == 0 else None))
     logger.info(
         "asked Ray for %d servers and %d x %s in %s; logs in %s",
         len(run.servers),
@@ -229,15 +231,18 @@ def _code(trainer: Followed) -> int:
 
 
 def _report(run: _OnRay, trainer: Followed) -> None:
-    """Say why the run ends, with the last lines of the one that failed first."""
+    """Say why the run ends, with the last lines of the one that failed first unless they were shown as they came."""
     state = trainer.state
     where = "" if state is None else f", on node {state.node}"
     if trainer.lost is not None or state is None or state.code is None:
+        how = f"Ray has lost its actor: {trainer.lost}"
         lines = last_lines(run.paths.output(trainer.bundle.role, trainer.bundle.rank))
-        logger.error("%s failed first%s: %s; its last lines:\n%s", trainer.name, where, trainer.lost, lines)
     else:
-        how = describe_exit(state.code)
-        logger.error("%s failed first%s (%s); its last lines:\n%s", trainer.name, where, how, state.last_lines)
+        how, lines = describe_exit(state.code), state.last_lines
+    logger.error("%s failed first%s: %s", trainer.name, where, how)
+    if trainer.console is None:
+        run.console.file.write(f"the last lines of {trainer.name}:\n{lines}\n")
+        run.console.file.flush()
 
 
 def _end_all(run: _OnRay) -> None:

@@ -81,6 +81,8 @@ class Followed:
             return False
         if state.problem is not None:
             raise ConfigError(state.problem)
+        if self.state is None:
+            logger.info("%s runs on node %s, process %s", self.name, state.node, state.pid)
         self.state, self.num_read = state, state.output_end
         if self.console is not None and state.output:
             self.console.file.write(state.output)
@@ -137,7 +139,7 @@ class FollowedServer(Followed):
             life.begin()
             self.is_away = False
         if state.url is not None and life.url is None:
-            life.ready(state.url, f", node {state.node}, process {state.pid}")
+            life.ready(state.url, f" on node {state.node}, process {state.pid}")
 
     def go_on(self) -> None:
         """Start it anew if it is time, and say what it waits for.

@@ -1,0 +1,278 @@
+"""`placement.launcher = "ray"`: the same run on a Ray cluster, whatever dies in it, and nothing left behind."""
+
+import io
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+import torch
+from rich.console import Console
+
+from forking import Command, Commands
+from paceline.config.run import RunConfig
+from paceline.launch.record import RecordOptions, record
+from ray_nodes import RayNodes, kill_actor, parent_of, ray_nodes, started
+from served import Served
+from whole_run import QuietSignals, losses, run, run_config, same_weights
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+SETTINGS = {"training__num_epochs": 3, "training__eval_every": 7}
+LONG = {**SETTINGS, "training__num_epochs": 20, "training__eval_every": 0}
+SERVERS = {"placement__launcher": "ray", "placement__target": "servers"}
+
+
+@pytest.fixture(scope="module")
+def inline(tmp_path_factory: pytest.TempPathFactory, tiny_target: Path, data: Path) -> RunConfig:
+    """96 steps in this process."""
+    torch.set_num_threads(1)
+    config = run_config(tmp_path_factory.mktemp("inline") / "run", tiny_target, data, **SETTINGS)
+    assert run(config).status == "finished"
+    return config
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayNodes]:
+    """Three nodes of two CPUs each."""
+    with ray_nodes(tmp_path_factory.mktemp("ray"), [2, 2, 2]) as nodes:
+        yield nodes
+
+
+def start(commands: Commands, config: RunConfig) -> Command:
+    file = Path(config.run_dir).with_suffix(".toml")
+    file.write_text(tomli_w.dumps(json.loads(config.model_dump_json(exclude_none=True))))
+    return commands.start("train", str(file))
+
+
+def on_ray(inline: RunConfig, run_dir: Path, nodes: RayNodes, **changes: Any) -> RunConfig:
+    """A run on the cluster of `nodes`, with servers of its own unless `changes` say otherwise."""
+    settings = {**SETTINGS, **SERVERS, "placement__ray__address": nodes.address, **changes}
+    return run_config(run_dir, Path(inline.target.model), Path(inline.data.train).parent, **settings)
+
+
+def num_steps(config: RunConfig) -> int:
+    path = Path(config.run_dir) / "metrics.jsonl"
+    return path.read_bytes().count(b'"kind":"train"') if path.exists() else 0
+
+
+def assert_equal_runs(command: Command, config: RunConfig, inline: RunConfig) -> None:
+    assert command.wait(120) == 0, command.output
+    assert losses(config) == losses(inline)
+    assert same_weights(config, inline)
+    assert "finished after step" in command.output, "what rank 0 writes is seen here"
+
+
+def assert_gone(nodes_or_commands: Commands, pids: list[int], within_s: float) -> None:
+    deadline = time.monotonic() + within_s
+    for pid in pids:
+        left_s = max(deadline - time.monotonic(), 0.1)
+        assert nodes_or_commands.ask("wait_gone", pid, left_s), f"process {pid} is left"
+
+
+def shared_memory() -> set[str]:
+    return set(os.listdir("/dev/shm"))
+
+
+def test_on_a_cluster_of_its_own_a_run_is_the_one_that_it_is_without_ray(
+    commands: Commands, inline: RunConfig, tmp_path: Path
+) -> None:
+    memory = shared_memory()
+    changes: dict[str, Any] = {**SETTINGS, **SERVERS, "placement__num_servers": 2}
+    config = run_config(tmp_path / "run", Path(inline.target.model), Path(inline.data.train).parent, **changes)
+    command = start(commands, config)
+    assert command.wait_until(lambda: num_steps(config) > 1), command.output
+    pids = [started(command, "server-0"), started(command, "trainer-0")]
+    actors = [parent_of(pid) for pid in pids]
+    words = Path(f"/proc/{pids[1]}/cmdline").read_bytes().decode().split("\0")
+    token_file = Path(words[words.index("--token-file") + 1])
+    assert token_file.stat().st_mode & 0o777 == 0o600
+    token = token_file.read_text()
+    everybodys = [entry.read_bytes() for entry in Path("/proc").glob("[0-9]*/cmdline") if entry.exists()]
+    assert_equal_runs(command, config, inline)
+    assert_gone(commands, [*pids, *actors], 10.0)
+    assert not token_file.parent.exists()
+    assert json.loads((tmp_path / "run" / "servers.json").read_text()) == {"servers": []}
+    assert len(token) >= 32
+    assert token not in command.output
+    assert not any(token.encode() in words for words in everybodys), "a secret stays in its file"
+    for file in [*(tmp_path / "run").rglob("*"), *Path("/tmp/ray/session_latest/logs").rglob("*")]:
+        assert not file.is_file() or token.encode() not in file.read_bytes(), file
+    assert shared_memory() <= memory
+    assert not (tmp_path / "run" / "nonce").exists()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("target", ["servers", "inline", "urls", "recorded"])
+def test_wherever_the_target_is_a_cluster_of_three_nodes_gives_the_losses_of_one_process(
+    nodes: RayNodes, inline: RunConfig, target_servers: list[Served], tmp_path: Path, target: str
+) -> None:
+    changes: dict[str, Any] = {
+        "servers": {"placement__num_servers": 3},
+        "inline": {},
+        "urls": {"placement__urls": [server.url for server in target_servers]},
+        "recorded": {"data__recorded": str(tmp_path / "recording")},
+    }[target]
+    if target == "recorded":
+        options = RecordOptions(tmp_path / "recording", False)
+        record(inline, options, QuietSignals(), Console(file=io.StringIO()))
+    config = on_ray(inline, tmp_path / "run", nodes, placement__target=target, **changes)
+    command = start(nodes.commands, config)
+    assert_equal_runs(command, config, inline)
+    if target == "servers":
+        for rank in range(3):
+            pid = started(command, f"server-{rank}")
+            assert_gone(nodes.commands, [pid], 10.0)
+    assert "paceline" not in str(group_names(nodes)), "the placement group is given back"
+
+
+def group_names(nodes: RayNodes) -> list[str]:
+    """Placement groups of the cluster that hold resources."""
+    import ray
+    from ray.util import placement_group_table
+
+    ray.init(address=nodes.address, log_to_driver=False)
+    try:
+        return [group["name"] for group in placement_group_table().values() if group["state"] != "REMOVED"]
+    finally:
+        ray.shutdown()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("what", ["process", "actor"])
+def test_a_server_that_is_killed_is_started_anew_by_ray_and_nothing_is_lost(
+    nodes: RayNodes, inline: RunConfig, tmp_path: Path, what: str
+) -> None:
+    config = on_ray(inline, tmp_path / "run", nodes, placement__num_servers=2, training__num_epochs=3)
+    command = start(nodes.commands, config)
+    for rank in (0, 1):
+        assert command.wait_until(lambda rank=rank: f"server-{rank} is ready" in command.output)  # type: ignore[misc]
+    assert command.wait_until(lambda: num_steps(config) >= 4), command.output
+    for number, rank in enumerate((0, 1), start=1):
+        pid = started(command, f"server-{rank}")
+        os.kill(pid, signal.SIGKILL) if what == "process" else kill_actor(pid)
+        assert_gone(nodes.commands, [pid], 5.0)
+        assert command.wait_until(lambda number=number: num_steps(config) >= 4 + 8 * number)  # type: ignore[misc]
+    assert_equal_runs(command, config, inline)
+    assert "is started anew (1 of 5)" in command.output
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("what", ["process", "actor"])
+def test_a_trainer_that_is_killed_ends_the_run_and_is_named(
+    nodes: RayNodes, inline: RunConfig, tmp_path: Path, what: str
+) -> None:
+    config = on_ray(inline, tmp_path / "run", nodes, **LONG)
+    command = start(nodes.commands, config)
+    assert command.wait_until(lambda: num_steps(config) >= 4), command.output
+    pids = [started(command, "trainer-0"), started(command, "server-0")]
+    begin = time.monotonic()
+    os.kill(pids[0], signal.SIGKILL) if what == "process" else kill_actor(pids[0])
+    code = command.wait(30)
+    assert code == (128 + signal.SIGKILL if what == "process" else 1), command.output
+    assert time.monotonic() - begin < 30
+    assert "trainer-0 failed first" in command.output
+    assert_gone(nodes.commands, pids, 5.0)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_whatever_ends_the_command_ends_its_processes_on_every_node(
+    nodes: RayNodes, inline: RunConfig, tmp_path: Path, signum: signal.Signals
+) -> None:
+    memory = shared_memory()
+    config = on_ray(inline, tmp_path / "run", nodes, **LONG, placement__num_servers=2)
+    command = start(nodes.commands, config)
+    assert command.wait_until(lambda: num_steps(config) >= 4), command.output
+    pids = [started(command, name) for name in ("trainer-0", "server-0", "server-1")]
+    actors = [parent_of(pid) for pid in pids]
+    command.send_signal(signum)
+    assert command.wait(20) == (-signum if signum == signal.SIGKILL else 128 + signum), command.output
+    assert_gone(nodes.commands, [*pids, *actors], 20.0)
+    if signum == signal.SIGKILL:
+        assert start(nodes.commands, config).wait_until(lambda: num_steps(config) >= 8), "there is room again"
+    else:
+        assert "written in" in command.output, "it has saved"
+        assert shared_memory() <= memory
+
+
+@pytest.mark.long
+def test_a_command_killed_on_a_cluster_of_its_own_takes_the_cluster_with_it(
+    commands: Commands, inline: RunConfig, tmp_path: Path
+) -> None:
+    changes: dict[str, Any] = {**LONG, **SERVERS}
+    config = run_config(tmp_path / "run", Path(inline.target.model), Path(inline.data.train).parent, **changes)
+    command = start(commands, config)
+    assert command.wait_until(lambda: num_steps(config) >= 4), command.output
+    pids = [started(command, "trainer-0"), started(command, "server-0")]
+    workers = [parent_of(pid) for pid in pids]
+    command.send_signal(signal.SIGKILL)
+    assert command.wait() == -signal.SIGKILL
+    assert_gone(commands, [*pids, *workers, parent_of(workers[0])], 20.0)
+
+
+@pytest.mark.long
+def test_room_that_never_comes_is_named_at_once_and_in_the_end(
+    nodes: RayNodes, inline: RunConfig, tmp_path: Path
+) -> None:
+    config = on_ray(inline, tmp_path / "run", nodes, placement__num_servers=9, placement__start_timeout_s=3.0)
+    command = start(nodes.commands, config)
+    assert command.wait(60) == 1
+    assert "the Ray cluster is too small (CPU: 10 asked for, 6 free of 6)" in command.output
+    assert "no room in the Ray cluster within 3 s (placement.start_timeout_s): CPU: 10 asked for" in command.output
+    wide = on_ray(inline, tmp_path / "wide", nodes, target__tensor_parallel=3, placement__start_timeout_s=1.0)
+    command = start(nodes.commands, wide)
+    assert command.wait(60) == 1
+    assert "no node is large enough for server-0 (3 CPU)" in command.output
+
+
+@pytest.mark.long
+def test_a_wait_for_room_ends_when_there_is_some_and_can_be_interrupted(
+    nodes: RayNodes, inline: RunConfig, tmp_path: Path
+) -> None:
+    config = on_ray(inline, tmp_path / "run", nodes, placement__num_servers=7)
+    waiting = start(nodes.commands, config)
+    assert waiting.wait_until(lambda: "is too small" in waiting.output)
+    waiting.send_signal(signal.SIGTERM)
+    assert waiting.wait(15) == 128 + signal.SIGTERM, waiting.output
+    waiting = start(nodes.commands, config)
+    assert waiting.wait_until(lambda: "is too small" in waiting.output)
+    node = nodes.add_node(2)
+    try:
+        assert_equal_runs(waiting, config, inline)
+    finally:
+        nodes.cluster.remove_node(node)
+
+
+@pytest.mark.long
+def test_servers_of_a_node_that_dies_are_placed_on_another(nodes: RayNodes, inline: RunConfig, tmp_path: Path) -> None:
+    """A node of five CPUs joins, so that everything is packed there, and dies."""
+    changes = {**LONG, "placement__num_servers": 4}
+    one = run_config(tmp_path / "one", Path(inline.target.model), Path(inline.data.train).parent, **LONG)
+    assert run(one).status == "finished"
+    config = on_ray(inline, tmp_path / "run", nodes, **changes)
+    doomed = nodes.add_node(4)
+    command = start(nodes.commands, config)
+    try:
+        for rank in range(4):
+            assert command.wait_until(lambda rank=rank: f"server-{rank} is ready" in command.output)  # type: ignore[misc]
+        assert command.wait_until(lambda: num_steps(config) >= 4), command.output
+    finally:
+        nodes.cluster.remove_node(doomed, allow_graceful=False)
+    assert_equal_runs(command, config, one)
+    assert "its Ray actor was lost" in command.output
+
+
+@pytest.mark.long
+def test_a_server_that_cannot_start_ends_the_run_with_its_last_lines(
+    nodes: RayNodes, inline: RunConfig, tmp_path: Path
+) -> None:
+    config = on_ray(inline, tmp_path / "run", nodes, target__attention="flash_attention_2")
+    command = start(nodes.commands, config)
+    assert command.wait(90) == 1
+    assert "server-0 ended while it was starting (exit code 1)" in command.output
+    assert "flash" in command.output.lower()
