@@ -1,67 +1,79 @@
-"""A Ray cluster of several raylets on this host, as `ray start` on several machines makes one; commands that join it."""
+"""A Ray cluster of several raylets on this host, as `ray start` on several machines makes one; commands that join it.
+
+Run as a program it holds the cluster: it reads requests from stdin and answers on stdout, one JSON value a line.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import secrets
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from forking import Command, Commands
 
-STORE_BYTES = 80 << 20
+_STORE_BYTES = 80 << 20
 
 
-@dataclass(frozen=True, slots=True)
 class RayNodes:
     """A running cluster."""
 
-    cluster: Any
-    address: str
-    commands: Commands
-    """Started with what is needed to talk to it."""
+    def __init__(self, process: subprocess.Popen[str], commands: Commands) -> None:
+        self._process = process
+        self.commands = commands
+        """Their environment has what is needed to talk to the cluster."""
+        self.address = str(self.ask("address"))
 
-    def add_node(self, num_cpus: int) -> Any:
-        return self.cluster.add_node(num_cpus=num_cpus, object_store_memory=STORE_BYTES)
+    def ask(self, what: str, *arguments: Any) -> Any:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps([what, arguments]) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+    def add_node(self, num_cpus: int) -> int:
+        """Number of the new node."""
+        return int(self.ask("add_node", num_cpus))
+
+    def remove_node(self, number: int) -> None:
+        """As a machine that loses power."""
+        self.ask("remove_node", number)
+
+    def groups(self) -> list[str]:
+        """Placement groups that hold resources, or wait for some."""
+        return list(self.ask("groups"))
 
 
 @contextlib.contextmanager
 def ray_nodes(directory: Path, num_cpus: list[int]) -> Iterator[RayNodes]:
     """A cluster with a node for each number of CPUs; Ray's own token is in a file of `directory`."""
-    from ray.cluster_utils import Cluster
-
     token = directory / "ray-token"
     token.write_text(secrets.token_hex(32))
     token.chmod(0o600)
-    before = dict(os.environ)
-    os.environ |= {
+    path = [str(Path(one).resolve()) for one in os.environ.get("PYTHONPATH", "src").split(os.pathsep)]
+    needed = {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0",
-        "PYTHONPATH": os.pathsep.join(
-            str(Path(one).resolve()) for one in os.environ.get("PYTHONPATH", "src").split(":")
-        ),
+        "PYTHONPATH": os.pathsep.join(path),  # workers start elsewhere
     }
-    try:
-        first, *others = num_cpus
-        arguments = {"num_cpus": first, "object_store_memory": STORE_BYTES, "include_dashboard": False}
-        cluster = Cluster(initialize_head=True, head_node_args=arguments)
-        try:
-            with Commands(directory) as commands:
-                nodes = RayNodes(cluster, cluster.address, commands)
-                for number in others:
-                    nodes.add_node(number)
-                yield nodes
-        finally:
-            cluster.shutdown()
-    finally:
-        os.environ.clear()
-        os.environ |= before
+    environment = {**os.environ, **needed}
+    words = [sys.executable, __file__, *map(str, num_cpus)]
+    with (
+        Commands(directory, needed) as commands,
+        subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as process,
+    ):
+        yield RayNodes(process, commands)
+        assert process.stdin is not None
+        process.stdin.close()
+        assert process.wait(60) == 0
 
 
 def started(command: Command, name: str) -> int:
@@ -77,9 +89,48 @@ def parent_of(pid: int) -> int:
     return int(re.search(r"^PPid:\s+(\d+)", status, re.MULTILINE)[1])  # type: ignore[index]
 
 
-def kill_actor(pid: int) -> int:
-    """SIGKILL to the worker that started process `pid`; its own id."""
+def kill_actor(pid: int) -> None:
+    """SIGKILL to the worker that started process `pid`."""
     worker = parent_of(pid)
     assert b"ray::ChildActor" in Path(f"/proc/{worker}/cmdline").read_bytes(), "the premise: it is Ray's"
     os.kill(worker, signal.SIGKILL)
-    return worker
+
+
+class _Holder:
+    def __init__(self, num_cpus: list[int]) -> None:
+        from ray.cluster_utils import Cluster
+
+        arguments = {"num_cpus": num_cpus[0], "object_store_memory": _STORE_BYTES, "include_dashboard": False}
+        self.cluster = Cluster(initialize_head=True, connect=True, head_node_args=arguments)
+        self._nodes: list[Any] = []
+        for number in num_cpus[1:]:
+            self.add_node(number)
+
+    def address(self) -> str:
+        return str(self.cluster.address)
+
+    def add_node(self, num_cpus: int) -> int:
+        self._nodes.append(self.cluster.add_node(num_cpus=num_cpus, object_store_memory=_STORE_BYTES))
+        return len(self._nodes) - 1
+
+    def remove_node(self, number: int) -> None:
+        self.cluster.remove_node(self._nodes[number], allow_graceful=False)
+
+    def groups(self) -> list[str]:
+        from ray.util import placement_group_table
+
+        return [group["name"] for group in placement_group_table().values() if group["state"] != "REMOVED"]
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what Ray prints
+    holder = _Holder([int(word) for word in sys.argv[1:]])
+    for line in sys.stdin:
+        what, arguments = json.loads(line)
+        print(json.dumps(getattr(holder, what)(*arguments)), file=answers, flush=True)
+    holder.cluster.shutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -75,7 +75,7 @@ def assert_gone(nodes_or_commands: Commands, pids: list[int], within_s: float) -
 
 
 def shared_memory() -> set[str]:
-    return set(os.listdir("/dev/shm"))
+    return {path.name for path in Path("/dev/shm").iterdir()}
 
 
 def test_on_a_cluster_of_its_own_a_run_is_the_one_that_it_is_without_ray(
@@ -127,19 +127,7 @@ def test_wherever_the_target_is_a_cluster_of_three_nodes_gives_the_losses_of_one
         for rank in range(3):
             pid = started(command, f"server-{rank}")
             assert_gone(nodes.commands, [pid], 10.0)
-    assert "paceline" not in str(group_names(nodes)), "the placement group is given back"
-
-
-def group_names(nodes: RayNodes) -> list[str]:
-    """Placement groups of the cluster that hold resources."""
-    import ray
-    from ray.util import placement_group_table
-
-    ray.init(address=nodes.address, log_to_driver=False)
-    try:
-        return [group["name"] for group in placement_group_table().values() if group["state"] != "REMOVED"]
-    finally:
-        ray.shutdown()
+    assert nodes.groups() == [], "the placement group is given back"
 
 
 @pytest.mark.long
@@ -245,7 +233,7 @@ def test_a_wait_for_room_ends_when_there_is_some_and_can_be_interrupted(
     try:
         assert_equal_runs(waiting, config, inline)
     finally:
-        nodes.cluster.remove_node(node)
+        nodes.remove_node(node)
 
 
 @pytest.mark.long
@@ -262,7 +250,7 @@ def test_servers_of_a_node_that_dies_are_placed_on_another(nodes: RayNodes, inli
             assert command.wait_until(lambda rank=rank: f"server-{rank} is ready" in command.output)  # type: ignore[misc]
         assert command.wait_until(lambda: num_steps(config) >= 4), command.output
     finally:
-        nodes.cluster.remove_node(doomed, allow_graceful=False)
+        nodes.remove_node(doomed)
     assert_equal_runs(command, config, one)
     assert "its Ray actor was lost" in command.output
 
