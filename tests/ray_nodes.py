@@ -129,6 +129,9 @@ def main() -> None:
     for line in sys.stdin:
         what, arguments = json.loads(line)
         print(json.dumps(getattr(holder, what)(*arguments)), file=answers, flush=True)
+    import ray
+
+    ray.shutdown()  # first, since it ends this process if its node is gone
     holder.cluster.shutdown()
 
 

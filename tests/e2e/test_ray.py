@@ -52,6 +52,7 @@ def start(commands: Commands, config: RunConfig) -> Command:
 def on_ray(inline: RunConfig, run_dir: Path, nodes: RayNodes, **changes: Any) -> RunConfig:
     """A run on the cluster of `nodes`, with servers of its own unless `changes` say otherwise."""
     settings = {**SETTINGS, **SERVERS, "placement__ray__address": nodes.address, **changes}
+    settings["transport__directory"] = str(features(run_dir))
     return run_config(run_dir, Path(inline.target.model), Path(inline.data.train).parent, **settings)
 
 
@@ -74,15 +75,18 @@ def assert_gone(nodes_or_commands: Commands, pids: list[int], within_s: float) -
         assert nodes_or_commands.ask("wait_gone", pid, left_s), f"process {pid} is left"
 
 
-def shared_memory() -> set[str]:
-    return {path.name for path in Path("/dev/shm").iterdir()}
+def features(run_dir: Path) -> Path:
+    """Where a run's features lie on their way."""
+    directory = run_dir.with_name("features")
+    directory.mkdir(exist_ok=True)
+    return directory
 
 
 def test_on_a_cluster_of_its_own_a_run_is_the_one_that_it_is_without_ray(
     commands: Commands, inline: RunConfig, tmp_path: Path
 ) -> None:
-    memory = shared_memory()
     changes: dict[str, Any] = {**SETTINGS, **SERVERS, "placement__num_servers": 2}
+    changes["transport__directory"] = str(features(tmp_path / "run"))
     config = run_config(tmp_path / "run", Path(inline.target.model), Path(inline.data.train).parent, **changes)
     command = start(commands, config)
     assert command.wait_until(lambda: num_steps(config) > 1), command.output
@@ -102,7 +106,8 @@ def test_on_a_cluster_of_its_own_a_run_is_the_one_that_it_is_without_ray(
     assert not any(token.encode() in words for words in everybodys), "a secret stays in its file"
     for file in [*(tmp_path / "run").rglob("*"), *Path("/tmp/ray/session_latest/logs").rglob("*")]:
         assert not file.is_file() or token.encode() not in file.read_bytes(), file
-    assert shared_memory() <= memory
+    assert "travel by file" in command.output
+    assert list(features(tmp_path / "run").iterdir()) == []
     assert not (tmp_path / "run" / "nonce").exists()
 
 
@@ -172,7 +177,6 @@ def test_a_trainer_that_is_killed_ends_the_run_and_is_named(
 def test_whatever_ends_the_command_ends_its_processes_on_every_node(
     nodes: RayNodes, inline: RunConfig, tmp_path: Path, signum: signal.Signals
 ) -> None:
-    memory = shared_memory()
     config = on_ray(inline, tmp_path / "run", nodes, **LONG, placement__num_servers=2)
     command = start(nodes.commands, config)
     assert command.wait_until(lambda: num_steps(config) >= 4), command.output
@@ -182,10 +186,13 @@ def test_whatever_ends_the_command_ends_its_processes_on_every_node(
     assert command.wait(20) == (-signum if signum == signal.SIGKILL else 128 + signum), command.output
     assert_gone(nodes.commands, [*pids, *actors], 20.0)
     if signum == signal.SIGKILL:
-        assert start(nodes.commands, config).wait_until(lambda: num_steps(config) >= 8), "there is room again"
+        again = start(nodes.commands, config)
+        assert again.wait_until(lambda: num_steps(config) >= 8), "there is room again"
+        again.send_signal(signal.SIGTERM)
+        assert again.wait(20) == 128 + signal.SIGTERM
     else:
         assert "written in" in command.output, "it has saved"
-        assert shared_memory() <= memory
+        assert list(features(tmp_path / "run").iterdir()) == []
 
 
 @pytest.mark.long

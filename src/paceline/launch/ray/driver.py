@@ -188,7 +188,7 @@ def _supervise(run: _OnRay, signals: StopSignals) -> int:
             if not asked:
                 _report(run, failed)
                 break  # the others are ended, and awaited, with everything else
-    return first if not asked else max(first, signals.exit_code)
+    return signals.exit_code if asked else first
 
 
 def _hear(processes: Sequence[Followed], timeout_s: float = _LOOK_EVERY_S) -> dict[str, bool]:
