@@ -1,6 +1,7 @@
 """What a run asks of a Ray cluster, what is said when it is not there, and what every node must have; needs no Ray."""
 
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from paceline.launch.plan import plan_processes
 from paceline.launch.ray.actors import Whereabouts
 from paceline.launch.ray.bundles import ClusterResources, plan_bundles
 from paceline.launch.ray.cluster import check_ray
+from paceline.launch.ray.followed import FollowedServer
+from paceline.launch.restarts import ServerLife
 from paceline.version import VERSION
 
 
@@ -131,3 +134,18 @@ def test_a_node_must_see_the_run_directory_and_have_the_same_version(
     assert "has no directory" in str(elsewhere.problem("10.0.0.3"))
     other = Whereabouts(str(tmp_path), str(nonce), "words", "0.0.9", None)
     assert f"has paceline {VERSION}, the command has 0.0.9" in str(other.problem("10.0.0.3"))
+
+
+def test_a_server_that_is_silent_for_long_may_take_its_time_to_be_placed_elsewhere(tmp_path: Path):
+    placement = config(target="servers", start_timeout_s=1.0).placement
+    life = ServerLife("server-0", tmp_path / "log", placement, started=time.monotonic() - 1000)
+    assert life.is_late(), "the premise"
+    life.ready("http://10.0.0.3:1")
+    server = FollowedServer("server-0", actor=None, life=life)
+    server._on_silence()
+    server._go_on()
+    assert (life.url, server.is_silent, life.num_restarts) == (None, True, 0)
+    server.lost = "its node died"
+    server._on_silence()
+    assert life.given_up
+    server._go_on()

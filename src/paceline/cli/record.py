@@ -58,12 +58,12 @@ def _with_one_recorder(config: RunConfig, launcher: str) -> RunConfig:
 def recorder(
     context: typer.Context,
     config: Path,
-    token_file: Annotated[Path, typer.Option()],
     parent_pipe: Annotated[int, typer.Option()],
+    token_file: Annotated[Path | None, typer.Option()] = None,
     output: Output = None,
     check: Check = False,
 ) -> None:
-    """The recorder of a run whose servers the parent process has started."""
+    """The recorder of a run whose directory the parent process holds, and whose servers it has started."""
     from rich.console import Console
 
     from paceline.config.loading import load_config

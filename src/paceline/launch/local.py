@@ -119,7 +119,7 @@ def run_supervised(config: RunConfig, signals: StopSignals, console: Console, wo
         if config.placement.target == "servers":
             write_servers(paths.servers, [])
             stack.callback(write_servers, paths.servers, [])
-        stack.callback(_remove_leftovers, config)
+        stack.callback(remove_feature_leftovers, config)
         try:
             _start_all(run, processes, words)
             _supervise(run, signals)
@@ -218,7 +218,7 @@ def _end_all(run: _Supervised) -> None:
         server.child.end(deadline)
 
 
-def _remove_leftovers(config: RunConfig) -> None:
-    """What a killed process could not remove itself; the next start would, but it may be long in coming."""
+def remove_feature_leftovers(config: RunConfig) -> None:
+    """On this host, what killed processes could not remove themselves; the next start would, whenever that is."""
     base = Path(config.transport.directory) if config.transport.directory is not None else SHARED_MEMORY
     remove_leftovers(base, host_facts(torch.device("cpu")).host_id)

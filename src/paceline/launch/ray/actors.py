@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from paceline.launch.child_words import serve_words, write_private
+from paceline.launch.child_words import serve_words, worker_words, write_private
 from paceline.launch.children import Child
 from paceline.version import VERSION
 
@@ -24,7 +24,9 @@ _LOOK_EVERY_S = 0.1
 _SEEN_WITHIN_S = 10.0
 """A network file system may show a new file late."""
 _PIECE_BYTES = 65_536
-_THREADS_VARIABLE = "OMP_NUM_THREADS"
+THREADS_VARIABLE = "OMP_NUM_THREADS"
+FAILURE = "failure"
+"""Name of the file in which a child says why it failed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,22 +87,27 @@ class ServerOrder:
 
 
 @dataclass(frozen=True, slots=True)
-class TrainerOrder:
-    """A process to start that uses servers, or has a target of its own."""
+class WorkerOrder:
+    """A process to start that does the run's work."""
 
     name: str
-    verb: str
-    options: tuple[str, ...]
+    verb: tuple[str, ...]
+    """With options of its own."""
+    rank: tuple[str, ...]
+    """Options of one of several ranks."""
+    has_token: bool
+    writes_failure: bool
     files: Mapping[str, str]
     output: str
 
     def words(self, private: Path, node: str) -> list[str]:
         del node
-        files = (str(private / "config.toml"), "--token-file", str(private / "token"))
-        return [self.verb, *files, *self.options]
+        token_file = private / "token" if self.has_token else None
+        failure_file = private / FAILURE if self.writes_failure else None
+        return [*worker_words(self.verb, private / "config.toml", token_file, failure_file), *self.rank]
 
 
-Order = ServerOrder | TrainerOrder
+Order = ServerOrder | WorkerOrder
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +126,8 @@ class ActorState:
     """Of a server that is ready."""
     code: int | None
     """The child's exit code once it has ended; negative: the signal that ended it."""
+    failure: str | None
+    """What the child wrote of why it failed, as it is in its file."""
     last_lines: str
     output: str
     """What the child wrote from the asked offset on, in pieces."""
@@ -137,11 +146,11 @@ class ChildActor:
     unblocked by: the end of the worker process, which closes the child's pipe
     """
 
-    def __init__(self, order: Order, whereabouts: Whereabouts, token: str) -> None:
+    def __init__(self, order: Order, whereabouts: Whereabouts, token: str | None) -> None:
         """Start the child; what keeps it from starting is told by `watch`.
 
         Args:
-            token: of the run's servers; written to a file on this node that nobody else may read.
+            token: of the servers; written to a file on this node that nobody else may read.
         """
         import ray
 
@@ -151,20 +160,22 @@ class ChildActor:
         self._child: Child | None = None
         self._private: Path | None = None
         self._url: str | None = None
+        self._failure: str | None = None
         self._lock = threading.Lock()
         self._output_begin = 0
         self._problem = whereabouts.problem(self._node)
         if self._problem is None:
             self._start(whereabouts, token)
 
-    def _start(self, whereabouts: Whereabouts, token: str) -> None:
+    def _start(self, whereabouts: Whereabouts, token: str | None) -> None:
         os.chdir(whereabouts.working_dir)
         if whereabouts.num_threads is None:
-            os.environ.pop(_THREADS_VARIABLE, None)
+            os.environ.pop(THREADS_VARIABLE, None)
         else:
-            os.environ[_THREADS_VARIABLE] = whereabouts.num_threads
+            os.environ[THREADS_VARIABLE] = whereabouts.num_threads
         private = self._private = Path(tempfile.mkdtemp(prefix="paceline-"))
-        for name, text in {**self._order.files, "token": token}.items():
+        secret = {} if token is None else {"token": token}
+        for name, text in {**self._order.files, **secret}.items():
             write_private(private / name, text)
         output = Path(self._order.output)
         self._output_begin = output.stat().st_size if output.exists() else 0
@@ -200,6 +211,8 @@ class ChildActor:
                 ready = self._private / "ready.json"
                 if self._url is None and ready.exists():
                     self._url = str(json.loads(ready.read_text(encoding="utf-8"))["url"])
+                if code is not None and (private := self._private / FAILURE).exists():
+                    self._failure = private.read_text(encoding="utf-8")
                 if self._url is not None or code is not None:
                     # a server has read its files once it is ready: none is left behind by whatever ends this process
                     shutil.rmtree(self._private, ignore_errors=True)
@@ -212,6 +225,7 @@ class ChildActor:
                 self._problem,
                 self._url,
                 code,
+                self._failure,
                 "" if child is None or (code is None and self._url is not None) else child.last_lines(),
                 output.decode(errors="replace"),
                 (offset or 0) + len(output),
