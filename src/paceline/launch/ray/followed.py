@@ -148,9 +148,11 @@ class FollowedWorker(Followed):
     def _code_of_lost(self) -> int:
         if self.was_killed:
             return -signal.SIGKILL
-        text = f"Ray has lost its actor: {self.lost}; the last lines of {self.log}:\n{last_lines(self.log)}"
+        text = (
+            f"Ray has lost the actor of {self.name}: {self.lost}; the last lines of {self.log}:\n{last_lines(self.log)}"
+        )
         if self.failure_file is None:
-            logger.error("%s: %s", self.name, text)
+            logger.error("%s", text)
         elif not self.failure_file.exists():
             self.failure_file.write_text(json.dumps(asdict(Failure(time.time(), text, (), follows=False))))
         return 1
