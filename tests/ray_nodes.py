@@ -25,18 +25,14 @@ _STORE_BYTES = 80 << 20
 class RayNodes:
     """A running cluster."""
 
-    def __init__(self, process: subprocess.Popen[str], commands: Commands) -> None:
+    def __init__(self, process: subprocess.Popen[str], commands: Commands, address: str) -> None:
         self._process = process
         self.commands = commands
         """Their environment has what is needed to talk to the cluster."""
-        self.address = str(self.ask("address"))
+        self.address = address
 
     def ask(self, what: str, *arguments: Any) -> Any:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps([what, arguments]) + "\n")
-        self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline())
+        return _ask(self._process, what, *arguments)
 
     def add_node(self, num_cpus: int) -> int:
         """Number of the new node."""
@@ -66,14 +62,22 @@ def ray_nodes(directory: Path, num_cpus: list[int]) -> Iterator[RayNodes]:
     }
     environment = {**os.environ, **needed}
     words = [sys.executable, __file__, *map(str, num_cpus)]
-    with (
-        Commands(directory, needed) as commands,
-        subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as process,
-    ):
-        yield RayNodes(process, commands)
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        address = str(_ask(process, "address"))
+        # as jobs of a cluster have it
+        with Commands(directory, needed | {"RAY_ADDRESS": address}) as commands:
+            yield RayNodes(process, commands, address)
         assert process.stdin is not None
         process.stdin.close()
         assert process.wait(60) == 0
+
+
+def _ask(process: subprocess.Popen[str], what: str, *arguments: Any) -> Any:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(json.dumps([what, arguments]) + "\n")
+    process.stdin.flush()
+    return json.loads(process.stdout.readline())
 
 
 def started(command: Command, name: str) -> int:

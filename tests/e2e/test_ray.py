@@ -328,3 +328,42 @@ def test_a_server_that_cannot_start_ends_the_run_with_its_last_lines(
     assert command.wait(90) == 1
     assert "server-0 ended while it was starting (exit code 1)" in command.output
     assert "flash" in command.output.lower()
+
+
+@pytest.mark.long
+def test_the_example_of_the_page_runs_as_a_job_of_the_cluster_would(
+    nodes: RayNodes, tiny_target: Path, data: Path, tmp_path: Path
+) -> None:
+    """Its configuration and its command, on a small target; a job has the cluster's address in RAY_ADDRESS."""
+    page = (Path(__file__).parents[2] / "docs" / "ray.md").read_text(encoding="utf-8")
+    block = page.partition("```toml\n")[2].partition("```")[0]
+    (tmp_path / "run.toml").write_text(block)
+    command = "paceline train run.toml placement.ray.address=auto"
+    assert page.count(command) == 2
+    changes = {
+        "run_dir": tmp_path / "run",
+        "target.model": tiny_target,
+        "target.dtype": "float32",
+        "data.train": data / "train.jsonl",
+        "data.eval": data / "eval.jsonl",
+        "data.row_tokens": 128,
+        "data.cache_dir": tmp_path / "prepared",
+        "drafts.eagle.num_depths": 3,
+        "drafts.eagle.vocab_size": 64,
+        "training.dtype": "float32",
+        "training.num_threads": 1,
+    }
+    words = command.replace("run.toml", str(tmp_path / "run.toml")).split()[1:]
+    job = nodes.commands.start(*words, *(f"{name}={value}" for name, value in changes.items()))
+    assert job.wait(150) == 0, job.output
+    assert "server-0 (1 CPU), server-1 (1 CPU), trainer-0 (1 CPU), trainer-1 (1 CPU)" in job.output
+    assert "finished after step" in job.output
+
+
+@pytest.mark.long
+def test_a_cluster_that_is_not_there_is_an_error_at_once(commands: Commands, inline: RunConfig, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {**SETTINGS, **SERVERS, "placement__ray__address": "127.0.0.1:9"}
+    config = run_config(tmp_path / "run", Path(inline.target.model), Path(inline.data.train).parent, **changes)
+    command = start(commands, config)
+    assert command.wait(30) == 1
+    assert "cannot connect to the Ray cluster at placement.ray.address = '127.0.0.1:9'" in command.output
