@@ -53,9 +53,10 @@ class Command:
 class Commands:
     """Starts commands; ends what is left of them with itself."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, variables: dict[str, str] | None = None) -> None:
+        """Their output goes to `directory`; `variables` are added to their environment."""
         self._directory, self._count = directory, 0
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **(variables or {})}
         self._process = subprocess.Popen(
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )

@@ -75,6 +75,7 @@ def test_a_server_killed_again_and_again_is_started_anew_and_nothing_is_lost(
     command = start(commands, config, tmp_path)
     for number, step in enumerate((2, 8)):
         assert command.wait_until(lambda step=step: num_steps(config) >= step), command.output  # type: ignore[misc]
+        assert command.wait_until(lambda: all(f"server-{rank} is ready" in command.output for rank in (0, 1)))
         victim = children_of(command.pid).get(f"server-{number}")
         if victim is not None:
             os.kill(victim, signal.SIGKILL)

@@ -150,6 +150,10 @@ def train(
 
     check_started_once(os.environ)
     console, signals = _console(), _signals(context)
+    if resolved.placement.launcher == "ray":
+        from paceline.launch.ray.driver import run_on_ray
+
+        raise typer.Exit(run_on_ray(resolved, signals, console, ["trainer"]))
     if needs_supervisor(resolved):
         raise typer.Exit(train_supervised(resolved, signals, console))
     from paceline.launch.train import train as run_training

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from paceline.launch.signals import StopSignals
+
+if TYPE_CHECKING:
+    from paceline.config.run import RunConfig
 
 Output = Annotated[
     Path | None, typer.Option("--output", help="Directory to write; recording.output, or recording/ in the run's.")
@@ -32,30 +35,35 @@ def record(
     from paceline.launch.record import record as run_recording
 
     resolved, console, signals = check_recordable(load_config(config, overrides or ())), Console(), _signals(context)
+    words = ["recorder", *(["--output", str(output)] if output else []), *(["--check"] if check else [])]
+    if resolved.placement.launcher == "ray":
+        from paceline.launch.ray.driver import run_on_ray
+
+        raise typer.Exit(run_on_ray(_with_one_recorder(resolved, "ray"), signals, console, words))
     if resolved.placement.target == "servers":
         from paceline.launch.local import run_supervised
 
-        # one recorder, whatever trains later; it computes nothing: every GPU may be a server's
-        training = resolved.training.model_copy(update={"device": "cpu"})
-        placement = resolved.placement.model_copy(
-            update={"launcher": "local", "num_trainers": 1, "trainer_devices": ()}
-        )
-        words = ["recorder", *(["--output", str(output)] if output else []), *(["--check"] if check else [])]
-        alone = resolved.model_copy(update={"training": training, "placement": placement})
-        raise typer.Exit(run_supervised(alone, signals, console, words))
+        raise typer.Exit(run_supervised(_with_one_recorder(resolved, "local"), signals, console, words))
     result = run_recording(resolved, RecordOptions(output, check), signals, console)
     console.print(result.text(), highlight=False)
+
+
+def _with_one_recorder(config: RunConfig, launcher: str) -> RunConfig:
+    """One recorder, whatever trains later; beside servers it computes nothing: every GPU may be one of theirs."""
+    placement = config.placement.model_copy(update={"launcher": launcher, "num_trainers": 1, "trainer_devices": ()})
+    alone = {"placement": placement, "training": config.training.model_copy(update={"device": "cpu"})}
+    return config.model_copy(update=alone)
 
 
 def recorder(
     context: typer.Context,
     config: Path,
-    token_file: Annotated[Path, typer.Option()],
     parent_pipe: Annotated[int, typer.Option()],
+    token_file: Annotated[Path | None, typer.Option()] = None,
     output: Output = None,
     check: Check = False,
 ) -> None:
-    """The recorder of a run whose servers the parent process has started."""
+    """The recorder of a run whose directory the parent process holds, and whose servers it has started."""
     from rich.console import Console
 
     from paceline.config.loading import load_config

@@ -11,7 +11,8 @@ class RayConfig(Config):
     """For launcher = "ray": a cluster that runs, or one for this run alone."""
 
     address: str | None = None
-    """Of a running cluster: "auto", "HOST:PORT" or "ray://HOST:PORT"; None starts one on this host for the run."""
+    """Of a running cluster, on a node of which the command runs: "auto" or "HOST:PORT"; None starts one on this host,
+    for this run alone."""
     namespace: str = "paceline"
     """Of the run's actors."""
     num_gpus: int | None = Field(None, ge=0)

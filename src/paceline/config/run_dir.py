@@ -53,6 +53,15 @@ class RunDir:
     def log(self, role: str, rank: int) -> Path:
         return self.logs / f"{role}-{rank}.log"
 
+    def output(self, role: str, rank: int) -> Path:
+        """What a process without a terminal wrote to it."""
+        return self.logs / f"{role}-{rank}.out"
+
+    @property
+    def nonce(self) -> Path:
+        """Random words by which a process on another node knows that it sees this directory."""
+        return self.root / "nonce"
+
     @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"

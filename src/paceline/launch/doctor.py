@@ -82,6 +82,7 @@ def examine_extras() -> Iterator[Finding]:
         ("tensorboard", "tracking.tensorboard"),
         ("wandb", "tracking.wandb"),
         ("accelerate", "target.device_map, target.tensor_parallel"),
+        ("ray", 'placement.launcher = "ray"'),
     ):
         found = importlib.util.find_spec(name) is not None
         yield Finding(found, name, f"for {use}" if found else f'for {use}: pip install "paceline[{name}]"')

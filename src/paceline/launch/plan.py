@@ -62,14 +62,18 @@ def plan_processes(config: RunConfig, num_gpus: int) -> list[PlannedProcess]:
     Raises:
         ConfigError: more GPUs are needed than there are; names both numbers.
     """
+    if config.placement.launcher == "ray":
+        from paceline.launch.ray.planned import plan_on_ray
+
+        return plan_on_ray(config, num_gpus)
     if config.placement.launcher == "external":
-        return [*_servers_elsewhere(config), _trainer_of_others(config)]
+        return [*servers_elsewhere(config), _trainer_of_others(config)]
     groups = _server_groups(config, num_gpus) if config.placement.target == "servers" else []
     servers = [_server(config, rank, group) for rank, group in enumerate(groups)]
     used = {"cuda:0" if device == "cuda" else device for group in groups for device in group}
     devices = _trainer_devices(config, num_gpus, used)
     trainers = [_trainer(config, rank, group) for rank, group in enumerate(devices)]
-    return [*servers, *_servers_elsewhere(config), *trainers]
+    return [*servers, *servers_elsewhere(config), *trainers]
 
 
 def config_on(config: RunConfig, device: str) -> RunConfig:
@@ -162,12 +166,18 @@ def _group(start: str, degree: int) -> tuple[str, ...]:
 
 
 def _server(config: RunConfig, rank: int, group: tuple[str, ...]) -> PlannedProcess:
+    address, work = "http://127.0.0.1, a port the system chooses", server_work(config)
+    return PlannedProcess("server", rank, group, address, "this command", work)
+
+
+def server_work(config: RunConfig) -> str:
+    """What a server does, in a few words."""
     degree = config.target.tensor_parallel
-    work = f"target {config.target.model}" + (f", tensor parallel {degree}" if degree > 1 else "")
-    return PlannedProcess("server", rank, group, "http://127.0.0.1, a port the system chooses", "this command", work)
+    return f"target {config.target.model}" + (f", tensor parallel {degree}" if degree > 1 else "")
 
 
-def _servers_elsewhere(config: RunConfig) -> list[PlannedProcess]:
+def servers_elsewhere(config: RunConfig) -> list[PlannedProcess]:
+    """Servers that somebody else has started."""
     return [
         PlannedProcess("server", rank, ("its own",), url, "somebody else", f"target {config.target.model}")
         for rank, url in enumerate(config.placement.urls)
@@ -176,16 +186,17 @@ def _servers_elsewhere(config: RunConfig) -> list[PlannedProcess]:
 
 def _trainer(config: RunConfig, rank: int, devices: tuple[str, ...]) -> PlannedProcess:
     address = "nothing" if config.placement.num_trainers == 1 else "the other trainers, on this host"
-    return PlannedProcess("trainer", rank, devices, address, "this command", _work(config))
+    return PlannedProcess("trainer", rank, devices, address, "this command", trainer_work(config))
 
 
 def _trainer_of_others(config: RunConfig) -> PlannedProcess:
     """One line for the ranks that torchrun or Slurm will start: how many is theirs to say."""
     device = "cuda:LOCAL_RANK, or cpu" if config.training.device == "auto" else config.training.device
-    return PlannedProcess("trainer", 0, (device,), "MASTER_ADDR:MASTER_PORT", "torchrun or Slurm", _work(config))
+    return PlannedProcess("trainer", 0, (device,), "MASTER_ADDR:MASTER_PORT", "torchrun or Slurm", trainer_work(config))
 
 
-def _work(config: RunConfig) -> str:
+def trainer_work(config: RunConfig) -> str:
+    """What a trainer does, in a few words."""
     drafts = ", ".join(f"{name} ({draft.algorithm})" for name, draft in config.drafts.items())
     work = f"drafts {drafts}"
     if config.placement.target == "inline":

@@ -7,9 +7,10 @@ import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from paceline.errors import TrainerFailedError
-from paceline.launch.children import Child, describe_exit, last_lines
+from paceline.launch.children import describe_exit, last_lines
 from paceline.launch.failures import Failure, read_failure
 
 _LOOK_EVERY_S = 0.05
@@ -21,11 +22,28 @@ _SOCKETS_BEFORE_S = 1.0
 """A killed process closes its sockets this long, at most, before its parent sees that it is gone."""
 
 
+class Process(Protocol):
+    """One process, on this machine or another."""
+
+    @property
+    def name(self) -> str:
+        """As messages call it."""
+
+    def poll(self) -> int | None:
+        """The exit code (negative: the signal that ended it), None while it runs."""
+
+    def ask_to_end(self) -> None:
+        """SIGTERM, if it still runs."""
+
+    def kill(self) -> None:
+        """SIGKILL, if it still runs."""
+
+
 @dataclass(slots=True)
 class Worker:
     """One process and what is known of its end."""
 
-    child: Child
+    child: Process
     log: Path
     """What it logs to, itself or through its output."""
     failure_file: Path | None
