@@ -63,6 +63,7 @@ CASES = {
 # Short documents: dense attention on a CPU would otherwise be all that counts.
 LONG = ([70] * 33, [[(8, 66)]] * 33)
 WIDE = tiny_info(hidden_size=96, num_heads=8, num_kv_heads=4)
+OF_64K = ([64] * 1024, [[(8, 60)]] * 1024)
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +172,20 @@ def test_each_of_two_ranks_needs_little_more_than_half_the_memory(ranks: Ranks, 
     alone = watch_loss(None, case)
     for result in ranks.call(2, watch_loss, case):
         assert result.peak_bytes < 0.6 * alone.peak_bytes
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("config", [EAGLE3, DFLASH], ids=["eagle3", "dflash"])
+def test_rows_of_65536_tokens_are_trained_by_two_ranks_that_each_hold_their_part(ranks: Ranks, config):
+    case = Case(config, *OF_64K)
+    assert sum(case.lengths) == 65536
+    shares, alone = ranks.call(2, compute_loss, case, timeout_s=600), compute_loss(None, case)
+    figures, gradients = added(shares)
+    assert figures["total"] == pytest.approx(alone.total, rel=1e-5)
+    assert figures["weight"] == pytest.approx(alone.weight, rel=1e-6)
+    for name, gradient in alone.gradients.items():
+        scale = np.abs(gradient).max()
+        np.testing.assert_allclose(gradients[name], gradient, rtol=1e-3, atol=1e-5 * scale, err_msg=name)
 
 
 @pytest.mark.parametrize("counts", [(3, 5), (0, 4), (2, 0, 7, 1)])
