@@ -291,6 +291,7 @@ def test_a_wait_for_room_ends_when_there_is_some_and_can_be_interrupted(
     config = on_ray(inline, tmp_path / "run", nodes, placement__num_servers=8)
     waiting = start(nodes.commands, config)
     assert waiting.wait_until(lambda: "is too small" in waiting.output)
+    assert waiting.wait_until(lambda: "waiting 30 s for resources: CPU: 9 asked for, 7 free of 7" in waiting.output)
     waiting.send_signal(signal.SIGTERM)
     assert waiting.wait(15) == 128 + signal.SIGTERM, waiting.output
     waiting = start(nodes.commands, config)
