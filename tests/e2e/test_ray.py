@@ -68,11 +68,11 @@ def assert_equal_runs(command: Command, config: RunConfig, inline: RunConfig) ->
     assert "finished after step" in command.output, "what rank 0 writes is seen here"
 
 
-def assert_gone(nodes_or_commands: Commands, pids: list[int], within_s: float) -> None:
+def assert_gone(commands: Commands, pids: list[int], within_s: float) -> None:
     deadline = time.monotonic() + within_s
     for pid in pids:
         left_s = max(deadline - time.monotonic(), 0.1)
-        assert nodes_or_commands.ask("wait_gone", pid, left_s), f"process {pid} is left"
+        assert commands.ask("wait_gone", pid, left_s), f"process {pid} is left"
 
 
 def features(run_dir: Path) -> Path:
@@ -262,9 +262,11 @@ def test_a_command_killed_on_a_cluster_of_its_own_takes_the_cluster_with_it(
     assert command.wait_until(lambda: num_steps(config) >= 4), command.output
     pids = [started(command, "trainer-0"), started(command, "server-0")]
     workers = [parent_of(pid) for pid in pids]
+    raylet = parent_of(workers[0])
+    assert b"raylet" in Path(f"/proc/{raylet}/cmdline").read_bytes(), "the premise"
     command.send_signal(signal.SIGKILL)
     assert command.wait() == -signal.SIGKILL
-    assert_gone(commands, [*pids, *workers, parent_of(workers[0])], 20.0)
+    assert_gone(commands, [*pids, *workers, raylet], 20.0)
 
 
 @pytest.mark.long
@@ -289,6 +291,7 @@ def test_a_wait_for_room_ends_when_there_is_some_and_can_be_interrupted(
     config = on_ray(inline, tmp_path / "run", nodes, placement__num_servers=8)
     waiting = start(nodes.commands, config)
     assert waiting.wait_until(lambda: "is too small" in waiting.output)
+    assert waiting.wait_until(lambda: "waiting 30 s for resources: CPU: 9 asked for, 7 free of 7" in waiting.output)
     waiting.send_signal(signal.SIGTERM)
     assert waiting.wait(15) == 128 + signal.SIGTERM, waiting.output
     waiting = start(nodes.commands, config)
