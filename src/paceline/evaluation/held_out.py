@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from paceline.drafts.interface import DraftAlgorithm
+from paceline.errors import StoppedError
 from paceline.evaluation.walk import WalkSums, walk_row
 from paceline.schema.features import FeatureRow
 
@@ -31,13 +32,15 @@ class HeldOutEvaluation:
         open_stream: Callable[[int], Any],
         num_rows: int,
         gather: Callable[[Any], list[Any]] = lambda own: [own],
+        asked_to_stop: Callable[[], bool] = lambda: False,
     ) -> None:
         """
         Args:
             open_stream: of n, gives a fresh stream of this rank's share of the first n held-out rows.
             gather: what all ranks have, by rank.
+            asked_to_stop: whether this rank was asked to end; looked at before every row.
         """
-        self._gather = gather
+        self._gather, self._asked_to_stop = gather, asked_to_stop
         self._drafts = dict(drafts)
         self._open_stream = open_stream
         self._num_rows = num_rows
@@ -46,17 +49,32 @@ class HeldOutEvaluation:
         """Figures of every draft: those of `WalkSums.result`, "loss", and "accuracy" and "loss" per position.
 
         Where no step had room for all K tokens "acceptance_length" is that over all steps, and 1 without any step.
+
+        Raises:
+            StoppedError: on every rank, since one of them was asked to end.
         """
         del step
+        try:
+            own = self._own_sums()
+        except StoppedError:  # the others are told, or they would wait for this rank
+            own = None
+        everyone = self._gather(own)
+        if any(sums is None for sums in everyone):
+            raise StoppedError("the evaluation was cut short by request")
+        return {name: _figures(*_of_all_ranks([sums[name] for sums in everyone])) for name in self._drafts}
+
+    def _own_sums(self) -> dict[str, tuple[WalkSums, dict[str, Tensor]]]:
+        """By draft, over this rank's rows; on the host."""
         walks = {name: WalkSums(draft.num_drafted) for name, draft in self._drafts.items()}
         sums: dict[str, dict[str, Tensor]] = {name: {} for name in self._drafts}
         with self._open_stream(self._num_rows) as stream:
             for row in stream:
+                if self._asked_to_stop():
+                    raise StoppedError("asked to end in an evaluation")
                 for name, draft in self._drafts.items():
                     walks[name] = walks[name] + walk_row(draft, row)
                     _add_loss(sums[name], draft, row)
-        everyone = self._gather({name: (walks[name], _on_host(sums[name])) for name in self._drafts})
-        return {name: _figures(*_of_all_ranks([own[name] for own in everyone])) for name in self._drafts}
+        return {name: (walks[name], _on_host(sums[name])) for name in self._drafts}
 
 
 def _add_loss(sums: dict[str, Tensor], draft: DraftAlgorithm, row: FeatureRow) -> None:

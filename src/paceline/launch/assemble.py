@@ -116,7 +116,13 @@ def assemble_trainer(
             return open_stream(eval_rows.row, spec=EVALUATION, positions=own, own_rows=1)
 
         limit = config.training.max_eval_rows or eval_rows.num_rows
-        evaluate = HeldOutEvaluation(drafts, open_eval_stream, min(limit, eval_rows.num_rows), ranks.gather)
+        evaluate = HeldOutEvaluation(
+            drafts,
+            open_eval_stream,
+            min(limit, eval_rows.num_rows),
+            ranks.gather,
+            asked_to_stop=lambda: ranks.asked_to_stop,
+        )
         yield TrainerParts(drafts, stream, num_rows, evaluate, pool)
 
 

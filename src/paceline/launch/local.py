@@ -123,7 +123,9 @@ def run_supervised(config: RunConfig, signals: StopSignals, console: Console, wo
         try:
             _start_all(run, processes, words)
             _supervise(run, signals)
-            return workers.result()
+            code = workers.result()
+            # Ranks that lost each other while they ended have codes of errors, but there was none.
+            return signals.exit_code or code
         finally:
             _end_all(run)
 

@@ -6,7 +6,7 @@ import contextlib
 import errno
 import logging
 import os
-import time
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -107,16 +107,19 @@ def _meet(config: RunConfig, signals: StopSignals, rendezvous: Rendezvous) -> Ab
 def _let_go_on_stop(parts: TrainerParts, signals: StopSignals, ranks: Ranks) -> None:
     """Whoever waits for a row, in training or in an evaluation, is let go by a signal.
 
-    One of several ranks is not at once: the step is ended together, and what the others wait for comes.
+    One of several ranks is not at once: they end together, and what the others wait for may still come.
     """
 
     def close() -> None:
-        if ranks.num_ranks > 1:
-            time.sleep(0.7 * signals.grace_s)
         parts.stream.close()
         parts.pool.close()
 
-    signals.on_stop(close)
+    def close_later() -> None:
+        timer = threading.Timer(0.7 * signals.grace_s, close)
+        timer.daemon = True
+        timer.start()
+
+    signals.on_stop(close if ranks.num_ranks == 1 else close_later)
 
 
 def _run_trainer(config: RunConfig, run: Run, parts: TrainerParts, ranks: Ranks, console: Console) -> TrainingResult:

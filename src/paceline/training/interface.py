@@ -9,7 +9,8 @@ from paceline.schema.features import FeatureRow
 
 Evaluate = Callable[[int], dict[str, dict[str, Any]]]
 """evaluate(step) -> {draft name: figures}; figures hold at least "acceptance_length" and are numbers or lists of
-numbers. Called between two steps, under no_grad, with the drafts in eval mode; may raise StoppedError."""
+numbers. Called between two steps, under no_grad, with the drafts in eval mode; may raise StoppedError,
+then on every rank."""
 
 StreamFigures = Callable[[], dict[str, float]]
 """What a stream holds at this moment, by name with unit: rows_in_flight, bytes_in_flight, transfer_s ..."""

@@ -14,11 +14,12 @@ logger = logging.getLogger(__name__)
 
 
 class StepProfiler:
-    """Writes one Chrome trace of the configured steps; does nothing without a configuration."""
+    """Writes one Chrome trace of the configured steps, and rank; does nothing without a configuration."""
 
-    def __init__(self, config: ProfileConfig | None, directory: Path) -> None:
+    def __init__(self, config: ProfileConfig | None, directory: Path, rank: int = 0) -> None:
         self._window = range(0) if config is None else range(config.start, config.start + config.steps)
         self._directory = directory
+        self._suffix = f"-rank-{rank}" if rank else ""
         self._profile: profile | None = None
 
     def before_step(self, step: int) -> None:
@@ -40,6 +41,6 @@ class StepProfiler:
         ended, self._profile = self._profile, None
         ended.stop()
         self._directory.mkdir(parents=True, exist_ok=True)
-        path = self._directory / f"steps-{self._window.start}-{self._window.stop - 1}.json"
+        path = self._directory / f"steps-{self._window.start}-{self._window.stop - 1}{self._suffix}.json"
         ended.export_chrome_trace(str(path))
         logger.info("profile of steps %d to %d written to %s", self._window.start, self._window.stop - 1, path)

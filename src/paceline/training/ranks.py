@@ -26,6 +26,20 @@ from paceline.errors import ConfigError
 T = TypeVar("T")
 
 
+class _Question:
+    """Whether any rank was asked to end, as each knew it when it asked; every rank asks as often."""
+
+    def __init__(self, asked: bool) -> None:
+        self._any = torch.tensor(int(asked))
+        self._work = dist.all_reduce(self._any, dist.ReduceOp.MAX, async_op=True)
+
+    def wait(self) -> bool:
+        """The answer, once every rank has asked."""
+        assert self._work is not None
+        self._work.wait()
+        return bool(self._any)
+
+
 class Ranks:
     """One rank's view of all of them; complete with a single one, too, where nothing is exchanged.
 
@@ -51,6 +65,8 @@ class Ranks:
         """Which share of the rows this rank trains, and which part of each of them."""
         self.num_data_ranks = num_ranks // sequence_parallel
         self._stop, self._agreed = stop, False
+        self._question: _Question | None = None
+        """Of `agree_to_stop_soon`, whose answer is not awaited yet."""
         self.checkpoint_group = dist.new_group(backend="gloo") if num_ranks > 1 else None
         """For the thread that writes checkpoints."""
         self.sequence_group = self._open_sequence_group()
@@ -62,6 +78,11 @@ class Ranks:
         return self.rank == 0
 
     @property
+    def asked_to_stop(self) -> bool:
+        """Whether this rank was asked to end; the others may not have been."""
+        return self._stop.is_set()
+
+    @property
     def stopping(self) -> bool:
         """Whether a single rank was asked to end, or several have agreed to."""
         return self._stop.is_set() if self.num_ranks == 1 else self._agreed
@@ -70,9 +91,19 @@ class Ranks:
         """Whether any rank was asked to end: the same answer on all of them."""
         if self.num_ranks == 1:
             return self._stop.is_set()
-        asked = torch.tensor(int(self._stop.is_set()))
-        dist.all_reduce(asked, dist.ReduceOp.MAX)
-        self._agreed = bool(asked)
+        self.agree_to_stop_soon()
+        last, self._question = self._question, None
+        return self._heard(last)
+
+    def agree_to_stop_soon(self) -> bool:
+        """As `agree_to_stop`, but of what was so at the call before: nobody waits for the slowest rank of now."""
+        if self.num_ranks == 1:
+            return self._stop.is_set()
+        before, self._question = self._question, _Question(self._stop.is_set())
+        return self._heard(before)
+
+    def _heard(self, question: _Question | None) -> bool:
+        self._agreed = self._agreed or (question is not None and question.wait())
         return self._agreed
 
     def sum(self, values: Tensor) -> Tensor:

@@ -78,7 +78,7 @@ class Trainer:
             stream: this rank's share of the rows.
             num_rows: rows of the whole training, all epochs and ranks.
             evaluate: called every `eval_every` steps and at the end.
-            ranks: asked to stop, a single rank ends in order at its next row, several at the next step.
+            ranks: asked to stop, a single rank ends in order at its next row, several at the row after that.
             stream_figures: what the stream holds, recorded with each step.
         """
         self.num_steps = num_planned_steps(num_rows, config.rows_per_step, config.max_steps)
@@ -93,7 +93,7 @@ class Trainer:
         self._evaluate_drafts = evaluate
         self._metrics = outputs.metrics
         self._checkpoints = outputs.checkpoints
-        self._profiler = StepProfiler(config.profile, outputs.profile)
+        self._profiler = StepProfiler(config.profile, outputs.profile, ranks.rank)
         self._stream_figures = stream_figures
         self._device = next(iter(drafts.values())).context.device
         self._clock = DeviceClock(self._device)
@@ -130,6 +130,7 @@ class Trainer:
             self._checkpoints.wait()
         except StoppedError:
             if not self._ranks.stopping:
+                self._say_what_is_lost()
                 raise
             self._end_early()
             return self._result("stopped")
@@ -187,16 +188,18 @@ class Trainer:
     def _rows_of_step(self) -> Iterator[FeatureRow | None]:
         """The rows of this step that are this rank's, asked for one by one: each is valid until the next."""
         positions = self._positions_of_step()[self._ranks.data_rank :: self._ranks.num_data_ranks]
-        for position in positions:
-            if self._ranks.num_ranks == 1:
-                self._check_stop()
-            with self._spans.timed("data_wait"):
-                row = next(self._rows, None)
-            if row is None:
-                raise DataError(f"the stream ended before position {position}; {self._num_rows} rows were planned")
-            assert row.row.position == position, f"the stream gave row {row.row.position} where {position} is due"
-            yield row
-        yield from [None] * (self._num_micro_steps() - len(positions))
+        for micro_step in range(self._num_micro_steps()):
+            if self._ranks.agree_to_stop_soon():
+                raise StoppedError(f"stopped by request in step {self.step + 1}")
+            yield self._row_at(positions[micro_step]) if micro_step < len(positions) else None
+
+    def _row_at(self, position: int) -> FeatureRow:
+        with self._spans.timed("data_wait"):
+            row = next(self._rows, None)
+        if row is None:
+            raise DataError(f"the stream ended before position {position}; {self._num_rows} rows were planned")
+        assert row.row.position == position, f"the stream gave row {row.row.position} where {position} is due"
+        return row
 
     def _work_due(self) -> None:
         """What is due between two steps and not done yet: logging, evaluation, a checkpoint."""
@@ -218,7 +221,7 @@ class Trainer:
         return every > 0 and self.step > 0 and self.step % every == 0
 
     def _check_stop(self) -> None:
-        """Raise StoppedError if this rank, or between two steps any rank, was asked to end."""
+        """Raise StoppedError if any rank was asked to end."""
         if self._ranks.agree_to_stop():
             raise StoppedError(f"stopped by request after step {self.step}")
 
@@ -238,7 +241,11 @@ class Trainer:
         with torch.no_grad(), _memory_explained(), contextlib.ExitStack() as stack:
             for shared in self.shared.values():
                 stack.enter_context(shared.gathered())
-            figures = self._evaluate_drafts(self.step)
+            try:
+                figures = self._evaluate_drafts(self.step)
+            except StoppedError:
+                self._check_stop()
+                raise
         for draft in self.drafts.values():
             draft.draft.train()
         improved = False
@@ -310,7 +317,8 @@ class Trainer:
         for optimizer in self.optimizers.values():
             optimizer.discard()
         self._write_metrics(durable=True)
-        written = self._checkpoints.wait(max(0.0, deadline - time.monotonic()))
+        # Only some ranks may have been writing: what follows is decided by all, and by the clock of the first.
+        written = all(self._ranks.gather(self._checkpoints.wait(max(0.0, deadline - time.monotonic()))))
         if written and self.step > 0 and self._saved_step != self.step:
             expected_s, left_s = self._ranks.gather(
                 (self._checkpoints.expected_s(self._tensors()), deadline - time.monotonic())
@@ -328,6 +336,16 @@ class Trainer:
             written = self._checkpoints.wait(max(0.0, deadline - time.monotonic()))
         if not written:
             logger.warning("stopped after step %d before its checkpoint was written; the last one stands", self.step)
+
+    def _say_what_is_lost(self) -> None:
+        """One of several ranks waited for a row until its time was over, and cannot tell the others."""
+        if self._ranks.asked_to_stop and self.step > 0 and self._saved_step != self.step:
+            logger.warning(
+                "stopped in step %d, and without a checkpoint of step %d: a row did not come in time for all ranks to "
+                "end together (training.shutdown_grace_s)",
+                self.step + 1,
+                self.step,
+            )
 
     def _result(self, status: Literal["finished", "stopped"]) -> TrainingResult:
         return TrainingResult(status, self.step, self._checkpoints.latest(), dict(self._best))
