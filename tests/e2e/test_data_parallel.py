@@ -77,18 +77,30 @@ def test_a_server_computes_each_row_once_whatever_the_number_of_ranks(
     assert num_forwards(server) - before == sum(line["rows"] for line in lines(config)) + num_evaluated
 
 
-@pytest.mark.parametrize(("num_ranks", "sharding"), [(3, "none"), pytest.param(3, "full", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    ("num_ranks", "sharding", "eval_every", "looks"),
+    [
+        pytest.param(3, "none", 4, 3, id="between two steps", marks=pytest.mark.long),
+        pytest.param(3, "none", 4, 4, id="before the last row of step 2"),
+        pytest.param(3, "full", 4, 4, id="the same, sharded", marks=pytest.mark.long),
+        pytest.param(2, "full", 1, 5, id="in the evaluation after step 1"),
+    ],
+)
 def test_ranks_stopped_in_the_middle_go_on_bit_by_bit(
-    commands: Commands, make_config: MakeConfig, num_ranks: int, sharding: str
+    commands: Commands, make_config: MakeConfig, num_ranks: int, sharding: str, eval_every: int, looks: int
 ) -> None:
-    whole, halves = (make_config(name, training__sharding=sharding) for name in ("whole", "halves"))
+    """One rank is asked; it looks between steps, before each row of its own or of others, and in evaluations."""
+    changes = {"training__sharding": sharding, "training__eval_every": eval_every}
+    whole, halves = (make_config(name, **changes) for name in ("whole", "halves"))
     run_ranks(commands, whole, num_ranks)
-    run_ranks(commands, halves, num_ranks, stop_after_looks=3)
-    done = len(losses(halves))
-    assert 0 < done < len(losses(whole))
+    run_ranks(commands, halves, num_ranks, stop_after_looks=looks)
+    assert len(losses(halves)) == 1
+    assert not lines(halves, "eval")
     run_ranks(commands, halves, num_ranks)
     assert losses(halves) == losses(whole)
     assert same_weights(halves, whole)
+    evaluated = [[(line["step"], line["drafts"]) for line in lines(config, "eval")] for config in (halves, whole)]
+    assert evaluated[0] == evaluated[1]
 
 
 @pytest.mark.parametrize(("before", "after"), [((2, "full"), (1, "none")), ((1, "none"), (3, "full"))])

@@ -171,6 +171,21 @@ def test_a_rank_that_others_waited_for_in_vain_is_named_with_its_log(tmp_path: P
     assert "| rank 1 has begun" in text
 
 
+def test_ranks_that_waited_too_long_name_the_setting(job: Job) -> None:
+    job.failing("raise RuntimeError('Application timeout caused pair closure')")
+    job.failing("time.sleep(0.5); raise RuntimeError('Connection closed by peer')")
+    with pytest.raises(TrainerFailedError, match=r"training\.dist_timeout_s says: raise it") as caught:
+        job.run()
+    assert str(caught.value).startswith("trainer-0 failed first: Traceback")
+
+
+def test_a_rank_that_somebody_else_asked_to_end_is_named(job: Job) -> None:
+    job.shell("sleep 0.5")
+    job.shell("exit 143")
+    with pytest.raises(TrainerFailedError, match=r"^trainer-1 failed first: SIGTERM from elsewhere asked it to end"):
+        job.run()
+
+
 def test_a_rank_that_is_left_behind_by_the_others_does_not_run_for_ever(tmp_path: Path) -> None:
     job = Job(tmp_path, stragglers_s=1.0)
     job.shell("exit 0")

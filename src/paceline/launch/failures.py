@@ -15,8 +15,15 @@ from pathlib import Path
 from paceline.config.files import write_whole
 from paceline.errors import PacelineError, StoppedError, print_error
 
-_LOST_PEER = ("gloo/transport", "Connection closed by peer", "Connection reset by peer")
+_LOST_PEER = (
+    "gloo/transport",
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Application timeout caused pair closure",
+)
 """In errors of gloo, which have no class of their own."""
+_TIMED_OUT = ("Timed out waiting", "Application timeout", "Wait timeout", "timed out after")
+"""In errors of gloo, of stores and of NCCL."""
 
 _AFTER_ANOTHER_S = 2.0
 """A rank that lost another one ends so much later: torchrun and Slurm name those that ended first."""
@@ -34,6 +41,11 @@ class Failure:
     """Of the error; they come before its message."""
     follows: bool
     """Whether it only says that another process is gone, or that an end was asked for."""
+
+    @property
+    def waited_in_vain(self) -> bool:
+        """Whether it is that another process did not come in time."""
+        return self.follows and any(text in self.message for text in _TIMED_OUT)
 
     @property
     def text(self) -> str:

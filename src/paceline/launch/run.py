@@ -10,7 +10,7 @@ import platform
 import secrets
 import subprocess
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,7 +20,7 @@ from paceline.config.files import write_whole
 from paceline.config.loading import dump_config
 from paceline.config.run import RunConfig
 from paceline.config.run_dir import RunDir
-from paceline.errors import RunDirectoryError
+from paceline.errors import ConfigError, RunDirectoryError
 from paceline.version import VERSION
 
 _MAY_CHANGE = (
@@ -56,6 +56,19 @@ _MAY_CHANGE = (
     "data.recorded",
 )
 """Settings that do not change what is trained on: a run may go on with other values of them."""
+_MAY_DIFFER = (
+    "run_dir",
+    "data.cache_dir",
+    "data.num_workers",
+    "data.recorded",
+    "placement.trainer_devices",
+    "target.device",
+    "target.device_map",
+    "training.device",
+    "training.num_threads",
+    "transport.directory",
+)
+"""Settings that are of one host, or of one rank: hosts may mount a file system at different places."""
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "numpy", "pydantic")
 
 
@@ -137,6 +150,39 @@ def recall_run(paths: RunDir) -> Run:
         ) from error
 
 
+def facts_of_rank(run: Run, config: RunConfig) -> dict[str, Any]:
+    """What all ranks of a run must have alike, by setting; for `check_ranks_alike`."""
+    flat = _flat(tomllib.loads(dump_config(config)))
+    return {"run": run.run_id} | {key: value for key, value in flat.items() if not _is_within(key, _MAY_DIFFER)}
+
+
+def check_ranks_alike(facts: Sequence[dict[str, Any]]) -> None:
+    """Raise unless all ranks, in order, have one run and one configuration: they would train on different things.
+
+    Raises:
+        RunDirectoryError: another run, seen in the run directory of another host; names the rank.
+        ConfigError: names the first rank that differs, and the settings.
+    """
+    first = facts[0]
+    for rank, own in enumerate(facts):
+        if own["run"] != first["run"]:
+            raise RunDirectoryError(
+                f"rank 0 has opened run {first['run']}, rank {rank} sees run {own['run']} in its run_dir: all ranks "
+                "need the same run_dir, on a file system that they share"
+            )
+        differing = [
+            f"  {key}: {first.get(key, 'not set')!r} on rank 0, {own.get(key, 'not set')!r} on rank {rank}"
+            for key in sorted(first.keys() | own.keys())
+            if first.get(key) != own.get(key)
+        ]
+        if differing:
+            raise ConfigError(
+                "the ranks were started with different configurations:\n"
+                + "\n".join(differing)
+                + "\nstart all of them with the same file and overrides"
+            )
+
+
 def check_same_run(paths: RunDir, config: RunConfig) -> None:
     """Raise RunDirectoryError if what is trained would differ from what the directory holds."""
     before = _flat(load_resolved(paths))
@@ -168,7 +214,11 @@ def load_resolved(paths: RunDir) -> dict[str, Any]:
 
 
 def _may_change(key: str) -> bool:
-    return any(key == allowed or key.startswith(allowed + ".") for allowed in _MAY_CHANGE)
+    return _is_within(key, _MAY_CHANGE)
+
+
+def _is_within(key: str, settings: Sequence[str]) -> bool:
+    return any(key == setting or key.startswith(setting + ".") for setting in settings)
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:

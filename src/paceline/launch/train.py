@@ -21,7 +21,7 @@ from paceline.errors import RunDirectoryError
 from paceline.launch.assemble import TrainerParts, assemble_trainer
 from paceline.launch.prepare import prepare_data
 from paceline.launch.rendezvous import ALONE, Rendezvous
-from paceline.launch.run import Run, lock_run, open_run, recall_run
+from paceline.launch.run import Run, check_ranks_alike, facts_of_rank, lock_run, open_run, recall_run
 from paceline.launch.targets import open_access, publish_urls, target_facts
 from paceline.observe.balance_lines import BalanceLines
 from paceline.observe.logs import logging_for
@@ -81,11 +81,13 @@ def train_as_child(
         if config.placement.target == "urls" and ranks.is_first:
             publish_urls(config)
         ranks.gather(None)  # the others find what the first has written
+        run = recall_run(paths)
+        check_ranks_alike(ranks.gather(facts_of_rank(run, config)))
         access = open_access(config, signals.stop, token_file, rank)
         prepared = ranks.first_then_others(lambda: prepare_data(config, paths, target_facts(config, access)))
         parts = stack.enter_context(assemble_trainer(config, prepared, access, ranks))
         _let_go_on_stop(parts, signals, ranks)
-        return _run_trainer(config, recall_run(paths), parts, ranks, console)
+        return _run_trainer(config, run, parts, ranks, console)
 
 
 def _meet(config: RunConfig, signals: StopSignals, rendezvous: Rendezvous) -> AbstractContextManager[Ranks]:

@@ -20,6 +20,8 @@ _LONGEST_END_S = 5.0
 """After a failure there is nothing left to save: seconds for the others to end, whatever their own grace is."""
 _SOCKETS_BEFORE_S = 1.0
 """A killed process closes its sockets this long, at most, before its parent sees that it is gone."""
+_ASKED_FROM_ELSEWHERE = (128 + signal.SIGTERM, 128 + signal.SIGINT)
+"""Exit codes of a rank that ended in order, if this process did not ask."""
 
 
 class Process(Protocol):
@@ -67,7 +69,7 @@ class Worker:
         if written is not None or self.as_told:
             return written
         killed, aborted = self.code < 0, self.code == -signal.SIGABRT
-        message = f"{describe_exit(self.code)}; the last lines of {self.log}:\n{last_lines(self.log)}"
+        message = f"{_describe_end(self.code)}; the last lines of {self.log}:\n{last_lines(self.log)}"
         when = self.ended_at - (_SOCKETS_BEFORE_S if killed and not aborted else 0.0)
         # NCCL's watchdog aborts a process whose peers are gone.
         return Failure(when, message, (), follows=aborted)
@@ -189,6 +191,13 @@ class Workers:
             worker.child.ask_to_end()
 
 
+def _describe_end(code: int) -> str:
+    if code in _ASKED_FROM_ELSEWHERE:
+        name = signal.Signals(code - 128).name
+        return f"{name} from elsewhere asked it to end, and the others ended with it ({describe_exit(code)})"
+    return describe_exit(code)
+
+
 def _error(
     first: Worker, failure: Failure, others: list[tuple[Worker, Failure]], workers: list[Worker]
 ) -> TrainerFailedError:
@@ -200,6 +209,11 @@ def _error(
         return error
     lines = [f"{name} failed first: {failure.text}" if num > 1 else f"{name} ended: {failure.text}"]
     lines += [f"{worker.child.name} after it: {other.summary}" for worker, other in others]
+    if failure.waited_in_vain:
+        lines.append(
+            "ranks wait for each other as long as training.dist_timeout_s says: raise it if one is only slow "
+            "(preparing data, which `paceline prepare` does beforehand, or compiling)"
+        )
     if failure.follows:  # nobody said what was wrong
         killed = [worker for worker in workers if worker.as_told and worker.code == -signal.SIGKILL]
         lines += [

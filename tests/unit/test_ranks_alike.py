@@ -1,0 +1,84 @@
+"""What trainer ranks have to agree on: one run, one configuration, and when to break an evaluation off."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from paceline.config.run_dir import RunDir
+from paceline.errors import ConfigError, RunDirectoryError, StoppedError
+from paceline.evaluation.held_out import HeldOutEvaluation
+from paceline.launch.plan import config_on
+from paceline.launch.run import Run, check_ranks_alike, facts_of_rank
+from whole_run import run_config
+
+NUM_RANKS = 2
+
+
+def test_ranks_may_differ_in_what_is_of_a_host_and_in_nothing_else(tmp_path: Path) -> None:
+    config = run_config(tmp_path / "run", tmp_path / "target", tmp_path)
+    run = Run(RunDir(tmp_path / "run"), "1234")
+    ours = facts_of_rank(run, config)
+    mounted_elsewhere = config_on(config, "cuda:1").model_copy(update={"run_dir": "/mnt/run"})
+    check_ranks_alike([ours, facts_of_rank(run, mounted_elsewhere)])
+
+    other_config = run_config(tmp_path / "run", tmp_path / "target", tmp_path, training__rows_per_step=7)
+    with pytest.raises(ConfigError, match=r"training\.rows_per_step: 1 on rank 0, 7 on rank 2\nstart all"):
+        check_ranks_alike([ours, ours, facts_of_rank(run, other_config)])
+    with pytest.raises(RunDirectoryError, match="rank 0 has opened run 1234, rank 1 sees run 5678"):
+        check_ranks_alike([ours, facts_of_rank(replace(run, run_id="5678"), config)])
+
+
+def evaluate_on_ranks(asked: Callable[[int, int], bool], close: Callable[[int, int], bool]) -> list[Any]:
+    """Each rank's figures, or its error, and the rows it had; asked and close say of (rank, row) what happens there."""
+    meeting, values = threading.Barrier(NUM_RANKS, timeout=10), {}
+
+    def evaluate(rank: int) -> tuple[Any, int]:
+        rows = []
+
+        def gather(own: Any) -> list[Any]:
+            values[rank] = own
+            meeting.wait()
+            return [values[other] for other in range(NUM_RANKS)]
+
+        @contextmanager
+        def open_stream(num: int) -> Iterator[Iterator[int]]:
+            def share() -> Iterator[int]:
+                for row in range(rank, num, NUM_RANKS):
+                    if close(rank, row):
+                        raise StoppedError("the stream was closed")
+                    rows.append(row)
+                    yield row
+
+            yield share()
+
+        evaluation = HeldOutEvaluation({}, open_stream, 10, gather, lambda: asked(rank, rows[-1]))
+        try:
+            return evaluation(0), len(rows)
+        except StoppedError as error:
+            return error, len(rows)
+
+    with ThreadPoolExecutor(NUM_RANKS) as threads:
+        return list(threads.map(evaluate, range(NUM_RANKS)))
+
+
+def never(rank: int, row: int) -> bool:
+    return False
+
+
+def test_an_evaluation_that_one_rank_breaks_off_ends_on_all() -> None:
+    assert evaluate_on_ranks(asked=never, close=never) == [({}, 5), ({}, 5)]
+
+    def at_row_3(rank: int, row: int) -> bool:
+        return row == 3
+
+    for cut in (evaluate_on_ranks(at_row_3, never), evaluate_on_ranks(never, at_row_3)):
+        assert [type(end) for end, _ in cut] == [StoppedError, StoppedError]
+        assert [num_rows for _, num_rows in cut] in ([5, 2], [5, 1]), "the other goes on to its end"
