@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import resource
 import shutil
 import subprocess
@@ -17,12 +18,20 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_saver import save
 
 import toy_training
 from paceline.config.run_dir import RunDir
 from paceline.errors import CheckpointError, RunDirectoryError, StoppedError
 from paceline.observe.metrics import read_metrics
-from paceline.training.checkpoint import best_checkpoint, latest_checkpoint, load_draft_weights, load_state
+from paceline.training.checkpoint import (
+    ShardWriter,
+    best_checkpoint,
+    latest_checkpoint,
+    load_draft_weights,
+    load_state,
+)
 from toy_training import (
     FP32,
     KILL_CONFIG,
@@ -283,6 +292,16 @@ def test_a_write_that_fails_ends_the_run_and_the_last_checkpoint_stands(tmp_path
     assert names(tmp_path / "run") == ["step-00000003"]
     train(tmp_path / "run", 6, drafts={"a": toy_draft(width=1024)}, checkpoint_every=3)
     assert loss_trace(tmp_path / "run") == loss_trace(tmp_path / "whole")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_why_a_rank_could_not_write_its_shards_reaches_the_others(tmp_path: Path) -> None:
+    """Ranks tell each other by pickled errors, which have lost what they came from."""
+    with file_size_limit(1000), pytest.raises(CheckpointException) as caught:
+        save({"weights": torch.zeros(10_000)}, storage_writer=ShardWriter(tmp_path), no_dist=True)
+    error = pickle.loads(pickle.dumps(caught.value.failures[0][0]))
+    assert str(error) == "File too large"
+    assert error.__cause__ is None
 
 
 @pytest.fixture

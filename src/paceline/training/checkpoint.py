@@ -20,8 +20,10 @@ from torch.distributed import barrier
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
@@ -247,7 +249,7 @@ class CheckpointStore:
             return
         group = self._ranks.checkpoint_group
         barrier(group)  # the directory is there
-        save_distributed(dict(tensors), storage_writer=_writer(directory), process_group=group)
+        save_distributed(dict(tensors), storage_writer=ShardWriter(directory), process_group=group)
 
     def _rotate(self, best_steps: set[int]) -> None:
         """Keep the newest and the best; touch nothing that this run did not write."""
@@ -374,6 +376,19 @@ def _expect_one_process() -> None:
 def _writer(directory: Path) -> FileSystemWriter:
     # Copying ahead is for GPU tensors, and would open a CUDA context on device 0 in the writer's thread.
     return FileSystemWriter(directory, per_thread_copy_ahead=0)
+
+
+class ShardWriter(FileSystemWriter):
+    """Writes one rank's shards; its errors say why by themselves: what they came from is lost on the way to others."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory, per_thread_copy_ahead=0)
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)
+        except _WRITE_ERRORS as error:
+            raise CheckpointError(_reason(error)) from error
 
 
 def _reason(error: BaseException) -> str:
