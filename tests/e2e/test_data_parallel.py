@@ -103,7 +103,10 @@ def test_ranks_stopped_in_the_middle_go_on_bit_by_bit(
     assert evaluated[0] == evaluated[1]
 
 
-@pytest.mark.parametrize(("before", "after"), [((2, "full"), (1, "none")), ((1, "none"), (3, "full"))])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [((2, "full"), (1, "none")), pytest.param((1, "none"), (3, "full"), marks=pytest.mark.long)],
+)
 def test_a_run_goes_on_with_another_number_of_ranks(
     commands: Commands, alone: RunConfig, make_config: MakeConfig, before: tuple[int, str], after: tuple[int, str]
 ) -> None:

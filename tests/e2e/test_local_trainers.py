@@ -219,6 +219,7 @@ def wait_and_kill(process: subprocess.Popen[str], config: RunConfig, directory: 
     os.kill(rank_of_torchrun(1, directory), signal.SIGKILL)
 
 
+@pytest.mark.long
 def test_the_pages_torchrun_command_trains_as_one_command_does(
     two_trainers: RunConfig, tiny_target: Path, data: Path, tmp_path: Path
 ) -> None:
