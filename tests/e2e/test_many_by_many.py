@@ -30,15 +30,16 @@ def train(commands: Commands, tiny_target: Path, data: Path, tmp_path: Path) -> 
 
     def train_one(name: str, disturb: Callable[[dict[str, int]], None] | None = None, **changes: Any) -> RunConfig:
         config = run_config(tmp_path / name / "run", tiny_target, data, **{**SETTINGS, **changes})
+        (tmp_path / name).mkdir()
         command = start(commands, config, tmp_path / name)
         if disturb is not None:
-            assert command.wait_until(lambda: num_steps(config) >= 5), command.output
+            assert command.wait_until(lambda: num_steps(config) >= 5, 200), command.output
             disturb(children_of(command.pid))
         assert command.wait(240) == 0, command.output
         assert len(losses(config)) > 10
         return config
 
-    return train
+    return train_one
 
 
 def test_targets_over_two_processes_serve_two_trainers(train: Train) -> None:
