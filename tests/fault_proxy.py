@@ -237,7 +237,8 @@ class Link:
     def hold(self, request: Message, fault: Fault) -> None:
         if not self.faults.wait_for_another(self.server, request.body):
             self.faults.told({**fault, "kind": "nobody else was asked"}, request)
-        self.faults.wait_for_replies(1)  # the other answer has arrived by then
+        self.faults.wait_for_replies(1)
+        time.sleep(0.03)  # that reply may have been right behind the other answer, which has arrived by now
 
     def send_changed(self, reply: Message, fault: Fault) -> None:
         kind, whole = fault["kind"], reply.head + reply.body
