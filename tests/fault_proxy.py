@@ -9,7 +9,8 @@ that goes to `server` and asks for `position`, where these are given:
 
     drop        the connection is closed instead of the reply
     delay       the reply waits until `rows` more row replies have passed, or half a second went by without one
-    hold        the reply waits until another server has answered the same row, and then as in "delay" for one more
+    hold        the reply waits until another server has answered the same row, then as in "delay" for one more, and
+                30 ms besides, so that the other answer is most likely taken first
     duplicate   the reply is sent twice on its connection
     truncate    half of the reply, then the connection is closed
     flip        one bit of the reply's body is turned; `where` "head" takes it near the start
@@ -238,7 +239,7 @@ class Link:
         if not self.faults.wait_for_another(self.server, request.body):
             self.faults.told({**fault, "kind": "nobody else was asked"}, request)
         self.faults.wait_for_replies(1)
-        time.sleep(0.03)  # that reply may have been right behind the other answer, which has arrived by now
+        time.sleep(0.03)  # that reply may have been right behind the other answer
 
     def send_changed(self, reply: Message, fault: Fault) -> None:
         kind, whole = fault["kind"], reply.head + reply.body

@@ -85,7 +85,7 @@ def failures_reported(path: Path | None) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # whatever it is, the rank ends with it, and the others must be told why
         failure = describe_failure(error)
         if path is None:
             _print(error)
