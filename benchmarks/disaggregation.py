@@ -301,12 +301,17 @@ def _own(row: FeatureRow) -> FeatureRow:
     return FeatureRow(row.row, features)
 
 
+def build_benches(arguments: argparse.Namespace, info: TargetInfo, device: torch.device) -> list[Bench]:
+    return [Bench(name, arguments, info, device) for name in arguments.drafts]
+
+
 @contextlib.contextmanager
-def inline_servers(arguments: argparse.Namespace, device: torch.device) -> Iterator[FixedServers]:
+def inline_servers(arguments: argparse.Namespace, device: torch.device) -> Iterator[tuple[FixedServers, TargetInfo]]:
     engine = HFEngine(TargetConfig(model=arguments.model, device=str(device), compile=not arguments.eager))
     admission = Admission(engine)
     try:
-        yield FixedServers({"inline": lambda: LocalConnection(admission, LocalSender(), LocalReceiver(device))})
+        inline = FixedServers({"inline": lambda: LocalConnection(admission, LocalSender(), LocalReceiver(device))})
+        yield inline, engine.info()
     finally:
         admission.close()
         engine.close()
@@ -326,23 +331,24 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--long-steps", type=int, default=0, help="steps of one more measurement with most look-ahead")
     parser.add_argument("--eager", action="store_true", help="compile neither target nor drafts")
-    parser.add_argument("--skip-inline", action="store_true")
+    parser.add_argument("--placements", nargs="+", default=["remote", "inline"])
     arguments = parser.parse_args()
     device = torch.device(arguments.trainer_device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    with serve(arguments.model, arguments.server_devices, not arguments.eager) as urls:
-        connection = RemoteConnection(urls[0], TransportConfig(kind="http"), PoolConfig(), device)
-        info = connection.info()
-        connection.close()
-        benches = [Bench(name, arguments, info, device) for name in arguments.drafts]
-        print("| " + " | ".join(HEADINGS) + " |\n|" + "---|" * len(HEADINGS), flush=True)
-        for bench in benches:
-            bench.remote(urls)
-    if not arguments.skip_inline:
-        with inline_servers(arguments, device) as servers:
+    benches: list[Bench] = []
+    print("| " + " | ".join(HEADINGS) + " |\n|" + "---|" * len(HEADINGS), flush=True)
+    if "remote" in arguments.placements:
+        with serve(arguments.model, arguments.server_devices, not arguments.eager) as urls:
+            connection = RemoteConnection(urls[0], TransportConfig(kind="http"), PoolConfig(), device)
+            benches = build_benches(arguments, connection.info(), device)
+            connection.close()
             for bench in benches:
-                for prefetch in (1, max(arguments.prefetch)):
+                bench.remote(urls)
+    if "inline" in arguments.placements:
+        with inline_servers(arguments, device) as (servers, info):
+            for bench in benches or build_benches(arguments, info, device):
+                for prefetch in arguments.prefetch:
                     bench.train(Fed("inline", 1, "local", prefetch, 1), servers, arguments.steps)
     if device.type == "cuda":
         print(f"peak of the trainer's GPU {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB")

@@ -86,8 +86,14 @@ def test_on_one_device_the_target_has_a_share_and_servers_are_no_free_gain() -> 
     found = verdict(window(data_wait_s=5.0, busy_s=44.0, target_s=56.0, server_s=0.0))
     assert (found.limit, found.num_servers, found.supply_tokens_per_s) == ("shared", 0, None)
     assert found.servers_work == pytest.approx(0.56)
-    assert "56 % of the work is the target's" in found.text
+    assert "at work 56 % and 44 % of the time: servers" in found.text
     assert "further devices" in found.text
+
+
+def test_times_that_overlap_on_one_device_are_not_taken_for_shares_of_its_work() -> None:
+    found = verdict(window(data_wait_s=2.0, busy_s=96.0, target_s=90.0, server_s=0.0))
+    assert found.servers_work == pytest.approx(0.9)
+    assert "at work 90 % and 96 % of the time, in part at once" in found.text
 
 
 def test_on_several_devices_the_share_is_that_of_each() -> None:

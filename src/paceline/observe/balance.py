@@ -82,7 +82,7 @@ class Balance:
     trainers_wait: float
     """Share of the time."""
     servers_work: float | None
-    """Share of the time; where target and drafts share a device, the target's share of their work. None without."""
+    """Share of the time; where target and drafts share a device, that of the target, beside drafts. None without."""
     tokens_per_s: float
     demand_tokens_per_s: float
     supply_tokens_per_s: float | None
@@ -175,14 +175,16 @@ def _text(verdict: Balance) -> str:
 
 
 def _judge_shared(window: BalanceWindow, num_trainers: int) -> Balance:
-    target_s = window.target_s / num_trainers  # of one device, as the time for drafts is
-    share = target_s / (target_s + window.busy_s)
+    """Both sides' kernels run beside each other, which makes either slower: their times do not tell shares of work."""
+    target = min(1.0, window.target_s / num_trainers / window.wall_s)  # of one device, as the time for drafts is
+    drafts = min(1.0, window.busy_s / window.wall_s)
     where = "the trainer's device" if num_trainers == 1 else "each trainer's device"
+    at_once = ", in part at once" if target + drafts > 1 + _NOTHING else ""
     text = (
-        f"target and drafts share {where}: {share:.0%} of the work is the target's; servers would take it off, but on "
-        "further devices only"
+        f"target and drafts share {where}, at work {target:.0%} and {drafts:.0%} of the time{at_once}: servers would "
+        "take the target off it, but on further devices only"
     )
-    return _alone(window, num_trainers, "shared", text.replace("%", " %"), share)
+    return _alone(window, num_trainers, "shared", text.replace("%", " %"), target)
 
 
 def _judge_disk(window: BalanceWindow, num_trainers: int) -> Balance:
