@@ -1,10 +1,14 @@
 """The vllm engine on a real vLLM server: what the hf engine computes, asynchronously, a document at a time."""
 
+import contextlib
+import os
+import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, as_completed
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,55 +23,101 @@ from contract.test_engine_contract import (  # noqa: F401  # collected here too,
     test_room_shrinks_with_rows_in_flight_and_returns,
     test_twenty_rows_submitted_without_waiting_come_back_right,
 )
+from engine_processes import descendants, wait_for
 from paceline.config.target import TargetConfig
-from paceline.errors import CaptureMismatchError, ConfigError, StoppedError, TargetError, TransportError
+from paceline.errors import (
+    CaptureMismatchError,
+    ConfigError,
+    EngineLostError,
+    PacelineError,
+    StoppedError,
+    TargetError,
+    TransportError,
+)
 from paceline.schema.features import Features, FeatureSpec
+from paceline.target.engines.document_engine import DocumentEngine
+from paceline.target.engines.outer_parts import load_outer_parts
+from paceline.target.engines.process import EngineProcess
+from paceline.target.engines.programs import find_program
 from paceline.target.hf.engine import HFEngine
-from paceline.target.vllm.engine import VLLMEngine
-from paceline.target.vllm.server import VLLMServer
+from paceline.target.opening import TRIED_VLLM, VLLM_PACKAGES, engine_layers, open_engine
+from paceline.target.vllm.requests import VLLMRequests, is_ready
+from paceline.target.vllm.server import VLLMAddress, start_vllm
 from tiny import save_tiny_target, tiny_request
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 PYTHON = Path(__file__).parents[2] / ".venv-engine" / "bin" / "python"
 LAYERS = (0, 2)
 """With which the server is started; the last layer is captured in any case."""
-OPTIONS = (
-    *("--dtype", "float32", "--enforce-eager", "--max-model-len", "4096"),
-    *("--max-num-seqs", "8", "--max-num-batched-tokens", "1024"),
-    *("--long-prefill-token-threshold", "256"),  # long documents take several steps: short ones overtake them
-)
+ARGS = {
+    "enforce-eager": True,
+    "max-model-len": 4096,
+    "max-num-seqs": 8,
+    "max-num-batched-tokens": 1024,
+    "long-prefill-token-threshold": 256,  # long documents take several steps: short ones overtake them
+}
 
 
-def target_config(path: Path) -> TargetConfig:
+def target_config(path: Path, **changes: Any) -> TargetConfig:
+    settings = {
+        "model": str(path),
+        "device": "cpu",
+        "dtype": "float32",
+        "vocab_chunk_tokens": 7,
+        "engine": "vllm",
+        "engine_python": str(PYTHON),
+        "engine_args": ARGS,
+        "engine_documents": 16,
+        "capture_layers": LAYERS,
+    }
+    return TargetConfig(**{**settings, **changes})
+
+
+def hf_config(path: Path) -> TargetConfig:
     return TargetConfig(model=str(path), device="cpu", dtype="float32", vocab_chunk_tokens=7)
 
 
-@pytest.fixture(scope="module", params=["qwen3", "llama"])
+@dataclass
+class Server:
+    """A vLLM of these tests."""
+
+    target: Path
+    process: EngineProcess
+    address: VLLMAddress
+
+    def engine(self, target: Path | None = None, **changes: Any) -> DocumentEngine:
+        config = target_config(target or self.target)
+        return DocumentEngine(config, VLLMRequests(replace(self.address, **changes)), load_outer_parts(config))
+
+
+@pytest.fixture(scope="module", params=["qwen3", "llama", "qwen3_moe"])
 def target(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     # vLLM's attention on CPUs knows no heads under 32.
     return save_tiny_target(tmp_path_factory.mktemp("target") / request.param, request.param, head_dim=32)
 
 
 @pytest.fixture(scope="module")
-def server(target: Path) -> Iterator[VLLMServer]:
+def server(target: Path) -> Iterator[Server]:
     assert PYTHON.exists(), "make engine-test installs vLLM"
-    server = VLLMServer(PYTHON, target, LAYERS, OPTIONS, {"VLLM_CPU_KVCACHE_SPACE": "1"}, 600)
-    yield server
-    server.close()
+    config = target_config(target)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        process, address = start_vllm(config, find_program(config, VLLM_PACKAGES), target, engine_layers(LAYERS, 4))
+    with contextlib.closing(process):
+        process.wait_until(lambda: is_ready(address), 600)
+        yield Server(target, process, address)
 
 
 @pytest.fixture(scope="module")
-def engine(server: VLLMServer, target: Path) -> Iterator[VLLMEngine]:
-    engine = VLLMEngine(target_config(target), server.address)
-    yield engine
-    engine.close()
+def engine(server: Server) -> Iterator[DocumentEngine]:
+    with contextlib.closing(server.engine()) as engine:
+        yield engine
 
 
 @pytest.fixture(scope="module")
 def hf(target: Path) -> Iterator[HFEngine]:
-    engine = HFEngine(target_config(target))
-    yield engine
-    engine.close()
+    with contextlib.closing(HFEngine(hf_config(target))) as engine:
+        yield engine
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +139,7 @@ def check_equal(features: Features, expected: Features) -> None:
             assert torch.equal(received, tensor), name
 
 
-def test_two_packed_rows_in_flight_equal_those_of_the_hf_engine(engine: VLLMEngine, hf: HFEngine):
+def test_two_packed_rows_in_flight_equal_those_of_the_hf_engine(engine: DocumentEngine, hf: HFEngine):
     requests = [
         tiny_request((300, 1, 17, 64, 5), seed=1, spans=[(10, 40), (301, 318)]),
         tiny_request((33, 700, 2), seed=2, spans=[(0, 33)]),
@@ -100,18 +150,18 @@ def test_two_packed_rows_in_flight_equal_those_of_the_hf_engine(engine: VLLMEngi
         check_equal(future.result(120), hf.capture(request, supervised).result(60))
 
 
-def test_every_spec_that_the_captured_layers_serve_is_answered(engine: VLLMEngine, hf: HFEngine):
+def test_every_spec_that_the_captured_layers_serve_is_answered(engine: DocumentEngine, hf: HFEngine):
     request = tiny_request((20, 9), seed=4)
     for spec in (FeatureSpec((2,)), FeatureSpec((), greedy=True), FeatureSpec((0, 2, 3), final_hidden="all")):
         check_equal(engine.capture(request, spec).result(60), hf.capture(request, spec).result(60))
 
 
-def test_the_facts_about_the_target_are_those_of_the_hf_engine(engine: VLLMEngine, hf: HFEngine):
+def test_the_facts_about_the_target_are_those_of_the_hf_engine(engine: DocumentEngine, hf: HFEngine):
     assert hf.info().deterministic
     assert engine.info() == hf.info().model_copy(update={"deterministic": False})
 
 
-def test_a_short_row_overtakes_a_long_one(engine: VLLMEngine, hf: HFEngine):
+def test_a_short_row_overtakes_a_long_one(engine: DocumentEngine, hf: HFEngine):
     long, short = tiny_request((4000, 3000), seed=1), tiny_request((4, 3), seed=2)
     futures: dict[Future[Features], str] = {
         engine.capture(long, EVERYTHING): "long",
@@ -122,7 +172,7 @@ def test_a_short_row_overtakes_a_long_one(engine: VLLMEngine, hf: HFEngine):
         check_equal(future.result(), hf.capture(request, EVERYTHING).result(120))
 
 
-def test_documents_do_not_see_each_other(engine: VLLMEngine):
+def test_documents_do_not_see_each_other(engine: DocumentEngine):
     request = tiny_request((40, 30, 20), seed=5)
     tokens = request.tokens.copy()
     tokens[:40] = (tokens[:40] + 1) % 300
@@ -131,40 +181,55 @@ def test_documents_do_not_see_each_other(engine: VLLMEngine):
     torch.testing.assert_close(first.hidden[40:], second.hidden[40:], rtol=1e-5, atol=1e-5)
 
 
-def test_a_layer_that_the_server_does_not_capture_is_refused(engine: VLLMEngine):
-    with pytest.raises(ConfigError, match=r"capture layers \[1\].*started for \[0, 2\]"):
+def test_a_layer_that_the_server_does_not_capture_is_refused(engine: DocumentEngine):
+    with pytest.raises(ConfigError, match=r"capture layers \[1\].*started for \[0, 2, 3\]"):
         engine.capture(tiny_request((5,)), FeatureSpec((0, 1))).result(5)
 
 
-def test_a_document_longer_than_the_server_takes_is_refused(engine: VLLMEngine):
-    with pytest.raises(ConfigError, match="4096 tokens for a vLLM server that takes 4095"):
+def test_a_document_longer_than_the_server_takes_is_refused(engine: DocumentEngine):
+    with pytest.raises(ConfigError, match=r"4096 tokens for vLLM at .*, which takes 4095"):
         engine.capture(tiny_request((5, 4096)), EVERYTHING).result(5)
 
 
-def test_nothing_is_left_in_the_directory(engine: VLLMEngine, server: VLLMServer):
+def test_nothing_is_left_in_the_directory(engine: DocumentEngine, server: Server):
     assert engine.capture(tiny_request((5, 6)), EVERYTHING).result(60).finite
     assert list(server.address.directory.iterdir()) == []
 
 
-def test_a_server_that_captures_other_layers_is_refused(server: VLLMServer, target: Path):
-    with pytest.raises(CaptureMismatchError, match=r"its layers \[1, 3, 4\].*expected \[1, 2, 4\]"):
-        VLLMEngine(target_config(target), replace(server.address, layers=(0, 1)))
+def test_this_version_is_among_those_that_the_documents_call_tried(target: Path):
+    program = find_program(target_config(target), VLLM_PACKAGES)
+    assert program.version in TRIED_VLLM
+    assert program.version in (Path(__file__).parents[2] / "docs" / "engines.md").read_text(encoding="utf-8")
 
 
-def test_a_server_that_runs_another_checkpoint_is_refused(server: VLLMServer, target: Path, tmp_path: Path):
-    architecture = target.name
-    other = save_tiny_target(tmp_path / "other", architecture, seed=1, head_dim=32)
-    with pytest.raises(TargetError, match="does the server run another checkpoint"):
-        VLLMEngine(target_config(other), server.address)
+def test_a_server_that_captures_other_layers_is_refused(server: Server):
+    with pytest.raises(CaptureMismatchError, match=r"captured layers \[0, 2, 3\].*expected \[0, 1, 3\]"):
+        server.engine(layers=(0, 1, 3))
 
 
-def test_a_server_with_another_key_refuses(server: VLLMServer, target: Path):
+def test_a_server_that_runs_another_checkpoint_is_refused(server: Server, tmp_path: Path):
+    other = save_tiny_target(tmp_path / "other", server.target.name, seed=1, head_dim=32)
+    with pytest.raises(TargetError, match="does it run another checkpoint"):
+        server.engine(other)
+
+
+def test_a_server_with_another_key_refuses(server: Server):
     with pytest.raises(TargetError, match="401"):
-        VLLMEngine(target_config(target), replace(server.address, api_key="wrong"))
+        server.engine(api_key="wrong")
 
 
-def test_close_ends_what_waits_and_leaves_the_server_to_others(server: VLLMServer, target: Path, engine: VLLMEngine):
-    closing = VLLMEngine(target_config(target), server.address)
+def test_a_server_that_runs_already_is_reached_by_its_url(
+    server: Server, hf: HFEngine, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("PACELINE_ENGINE_KEY", server.address.api_key)
+    where = {"engine_url": server.address.url, "engine_directory": str(server.address.directory)}
+    request = tiny_request((20, 9), seed=4)
+    with open_engine(target_config(server.target, **where)) as engine:
+        check_equal(engine.capture(request, EVERYTHING).result(60), hf.capture(request, EVERYTHING).result(60))
+
+
+def test_close_ends_what_waits_and_leaves_the_server_to_others(server: Server, engine: DocumentEngine):
+    closing = server.engine()
     futures = [closing.capture(tiny_request((300,) * 8, seed=seed), EVERYTHING) for seed in range(10)]
     begin = time.monotonic()
     closing.close()
@@ -177,10 +242,16 @@ def test_close_ends_what_waits_and_leaves_the_server_to_others(server: VLLMServe
     assert engine.capture(tiny_request((3,)), EVERYTHING).result(60).finite
 
 
-def test_rows_of_a_server_that_dies_can_be_asked_for_elsewhere(server: VLLMServer, engine: VLLMEngine):
+def test_rows_of_a_server_that_dies_can_be_asked_for_elsewhere(server: Server, engine: DocumentEngine):
     """The last test on its server."""
+    told: list[PacelineError] = []
+    engine.on_lost(told.append)
+    server.process.on_end(engine.lose)
     futures = [engine.capture(tiny_request((400,) * 8, seed=seed), EVERYTHING) for seed in range(4)]
-    server.close()
-    errors = [future.exception(30) for future in futures]
-    assert isinstance(errors[-1], TransportError)
-    assert all(error is None or (isinstance(error, TransportError) and error.retryable) for error in errors)
+    os.kill(descendants(os.getpid())[-1], signal.SIGKILL)  # the core, a child of the API server
+    errors = [future.exception(60) for future in futures]
+    assert isinstance(errors[-1], TransportError | EngineLostError)
+    assert all(error is None or error.retryable for error in errors)
+    assert wait_for(lambda: bool(told), 60)
+    assert "the last lines of its log" in str(told[0])
+    assert isinstance(engine.capture(tiny_request((3,)), EVERYTHING).exception(5), EngineLostError)

@@ -19,6 +19,7 @@ import typer
 from pydantic import BaseModel
 
 from paceline.cli.main import app
+from paceline.cli.serve import split_engine_flags
 from paceline.config.drafts import DFlashConfig, DraftConfig, Eagle3Config
 from paceline.config.loading import apply_overrides, build_config, load_config
 from paceline.config.run import RunConfig
@@ -75,7 +76,7 @@ def check_command(line: str, complete: bool) -> None:
     if not words and not complete:
         return
     context = group.make_context(group.name, [word for word in words if word != "..."])
-    for override in context.params.get("overrides") or []:
+    for override in split_engine_flags(context.params.get("overrides") or [])[0]:
         check_setting(override.partition("=")[0])
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from paceline.cli.doctor import doctor
 from paceline.cli.record import record, recorder
 from paceline.cli.serve import serve
 from paceline.errors import PacelineError, print_error
@@ -217,6 +218,7 @@ def plan(
 
 
 app.command()(serve)
+app.command()(doctor)
 app.command()(record)
 app.command(hidden=True)(recorder)
 
@@ -259,16 +261,6 @@ def export(
     which = check_which(checkpoint)
     for name, directory in export_run(load_run_config(run, overrides or ()), draft or [], which).items():
         typer.echo(f"{name}: {directory} (written, read back, equal)")
-
-
-@app.command()
-def doctor(context: typer.Context) -> None:
-    """What this machine can run, and why not."""
-    from paceline.cli.show import doctor_table
-    from paceline.launch.doctor import examine
-
-    _signals(context).grace_s = 1.0
-    _console().print(doctor_table(examine()))
 
 
 @config_app.command("show")

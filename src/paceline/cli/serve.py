@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 _OF_TARGET = (
     "model",
     "engine",
+    "engine_url",
+    "capture_layers",
     "dtype",
     "device",
     "tensor_parallel",
@@ -57,7 +59,11 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="target.field=value", help="Other settings of the target.")
 ]
 TargetFile = Annotated[Path | None, _target_option("TOML with settings of the target section; options win over it.")]
-Engine = Annotated[str | None, _target_option("Who runs the target: hf.")]
+Engine = Annotated[str | None, _target_option("Who runs the target: hf, vllm.")]
+EngineUrl = Annotated[str | None, _target_option("An engine that runs already; see `paceline doctor --show-command`.")]
+CaptureLayers = Annotated[
+    str | None, _target_option("Layers that an engine other than hf is started for: 1,17,32.", metavar="LAYERS")
+]
 Dtype = Annotated[str | None, _target_option("auto, float32, bfloat16, float16.")]
 Device = Annotated[str | None, _target_option("auto, cpu, cuda, cuda:N.")]
 TensorParallel = Annotated[int | None, _target_option("Processes that compute each row together.")]
@@ -87,6 +93,8 @@ def serve(
     overrides: Overrides = None,
     target_config: TargetFile = None,
     engine: Engine = None,
+    engine_url: EngineUrl = None,
+    capture_layers: CaptureLayers = None,
     dtype: Dtype = None,
     device: Device = None,
     tensor_parallel: TensorParallel = None,
@@ -109,14 +117,18 @@ def serve(
     log_level: Level = LogLevel.INFO,
     parent_pipe: ParentPipe = None,
 ) -> None:
-    """Serve a target to trainers elsewhere, until a signal ends it."""
+    """Serve a target to trainers elsewhere, until a signal ends it.
+
+    Options of an engine's own go after --, as in: paceline serve MODEL --engine vllm -- --max-model-len 32768
+    """
     options = {name: value for name, value in locals().items() if name in _OF_TARGET}
     from paceline.launch.children import end_with_parent
     from paceline.launch.tokens import take_token
     from paceline.target.server.settings import ServerSettings
 
     end_with_parent(parent_pipe)
-    config = build_target_config(target_config, options, overrides or [])
+    words, flags = split_engine_flags(overrides or [])
+    config = build_target_config(target_config, options, words, flags)
     settings = ServerSettings(
         host=host,
         port=port,
@@ -136,8 +148,19 @@ def serve(
     serve_target(config, settings, process, signals, typer.echo)
 
 
-def build_target_config(file: Path | None, options: dict[str, Any], overrides: list[str]) -> TargetConfig:
+def split_engine_flags(words: list[str]) -> tuple[list[str], list[str]]:
+    """(target.field=value words, the engine's own options, which begin with the first word that begins with -)."""
+    first = next((index for index, word in enumerate(words) if word.startswith("-")), len(words))
+    return words[:first], words[first:]
+
+
+def build_target_config(
+    file: Path | None, options: dict[str, Any], overrides: list[str], engine_flags: list[str]
+) -> TargetConfig:
     """The settings of [target]: those of a file, then options that are not None, then overrides.
+
+    Args:
+        engine_flags: command line words of the engine's own, which win over `engine_args` of the file.
 
     Raises:
         ConfigError: an unreadable file, an unknown or wrong setting; all of them are named.
@@ -152,6 +175,12 @@ def build_target_config(file: Path | None, options: dict[str, Any], overrides: l
         except (OSError, ValueError) as error:
             raise ConfigError(f"cannot read {file}: {error}") from error
     table |= {name: value for name, value in options.items() if value is not None}
+    if isinstance(table.get("capture_layers"), str):
+        table["capture_layers"] = table["capture_layers"].split(",")
+    if engine_flags:
+        from paceline.target.engines.flags import parse_flags
+
+        table["engine_args"] = {**table.get("engine_args", {}), **parse_flags(engine_flags)}
     whole = apply_overrides({"target": table}, overrides)
     others = sorted(whole.keys() - {"target"})
     if others:

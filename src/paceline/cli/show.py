@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from paceline.launch.doctor import Finding
     from paceline.launch.evaluate import Evaluation
     from paceline.launch.plan import PlannedProcess
+    from paceline.target.selftest.run import SelfTestResult
 
 
 class RegenerationProgress:
@@ -92,6 +93,18 @@ def doctor_table(findings: list[Finding]) -> Table:
     table = _table("", "", "")
     for finding in findings:
         table.add_row(Text("ok", "green") if finding.works else Text("no", "yellow"), finding.what, finding.detail)
+    return table
+
+
+def selftest_table(result: SelfTestResult) -> Table:
+    """Layer by layer, how far an engine is from transformers."""
+    table = _table("", "compared", "relative error", "cosine", "the worst of")
+    for line in result.lines:
+        mark = Text("ok", "green") if line.works else Text("no", "red")
+        table.add_row(mark, line.name, f"{line.relative:.2e}", f"{line.cosine:.6f}", line.text)
+    wrong = f"{result.num_wrong_tokens} of {result.num_tokens} differ"
+    table.add_row(Text("no", "red") if result.num_wrong_tokens else Text("ok", "green"), "greedy tokens", wrong, "", "")
+    table.caption = f"{result.tolerance}; transformers in {result.reference_dtype}"
     return table
 
 

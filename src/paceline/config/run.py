@@ -68,6 +68,15 @@ class RunConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _other_engines_are_servers(self) -> Self:
+        if self.placement.target == "inline" and self.target.engine != "hf":
+            raise ValueError(
+                f'target.engine = "{self.target.engine}" with placement.target = "inline": such an engine is a process '
+                'of its own; set placement.target = "servers" (placement.server_devices may name the trainer\'s device)'
+            )
+        return self
+
+    @model_validator(mode="after")
     def _a_recorded_target_is_somewhere(self) -> Self:
         if self.placement.target == "recorded" and self.data.recorded is None:
             raise ValueError(

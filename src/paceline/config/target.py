@@ -1,6 +1,6 @@
 """`[target]`: the frozen model and how it is run."""
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -14,8 +14,8 @@ class TargetConfig(Config):
     """Path or hub id of a transformers causal language model."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
-    engine: Literal["hf"] = "hf"
-    """Who runs it: "hf" is transformers."""
+    engine: Literal["hf", "vllm"] = "hf"
+    """Who runs it: "hf" is transformers; "vllm" is a server of that engine, which `paceline serve` starts."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """"auto" is the checkpoint's own."""
     device: str = "auto"
@@ -42,6 +42,43 @@ class TargetConfig(Config):
     """Name of the embedding in the checkpoint, if it is not found by itself."""
     lm_head_key: str | None = None
     """Name of the lm_head in the checkpoint, if it is not found by itself."""
+
+    engine_args: dict[str, Any] = Field(default_factory=dict)
+    """The engine's own options, as it names them: {"max-model-len": 32768, "enforce-eager": true}."""
+    engine_python: str | None = None
+    """Python of the environment that has the engine; None is paceline's own."""
+    engine_url: str | None = None
+    """A server of the engine that runs on this host already, started as `paceline doctor --show-command` says; None
+    starts one. Its key, if it asks for one, is in PACELINE_ENGINE_KEY."""
+    engine_directory: str | None = None
+    """Where the server of `engine_url` writes hidden states."""
+    engine_documents: int = Field(32, ge=1)
+    """Documents at an engine's server at one time."""
+    engine_tokens: int = Field(32_768, ge=1)
+    """Tokens of rows at an engine's server, up to which it gets more rows: it computes documents as they come."""
+    engine_start_timeout_s: float = Field(1800, gt=0)
+    """The longest an engine may take to load and compile."""
+    capture_layers: tuple[int, ...] | None = None
+    """Layers that an engine other than "hf" is started for, 0-based; None: those of the run's drafts, for a server
+    without a run those that all algorithms read by default."""
+    selftest: bool = True
+    """Compare what the engine computes with transformers before the first session."""
+    selftest_reference: str | None = None
+    """What transformers says to the self-test, written by `paceline doctor` elsewhere, for a target that it cannot load
+    here."""
+
+    @model_validator(mode="after")
+    def _engine_settings(self) -> Self:
+        own = {"engine_args", "engine_python", "engine_url", "engine_directory", "capture_layers"}
+        given = sorted(name for name in own if getattr(self, name))
+        if self.engine == "hf" and given:
+            raise ValueError(f'{", ".join(given)} set for engine = "hf": choose another engine or leave them out')
+        if (self.engine_url is None) != (self.engine_directory is None):
+            raise ValueError(
+                f"engine_url = {self.engine_url!r} and engine_directory = {self.engine_directory!r}: a server that "
+                "runs already needs both, where it answers and where it writes"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_way_of_spreading(self) -> Self:

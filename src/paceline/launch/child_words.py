@@ -9,13 +9,20 @@ from pathlib import Path
 
 from paceline.config.run import RunConfig
 from paceline.config.target import TargetConfig
+from paceline.launch.target_facts import outline_target, training_spec
 
 
 def server_target(config: RunConfig, device: str) -> TargetConfig:
-    """Settings of a server's target, on its (first) device; as many threads as the trainer has, unless they are set."""
+    """Settings of a server's target, on its (first) device.
+
+    As many threads as the trainer has, and the layers that the run's drafts read, unless either is set.
+    """
     target = config.target.model_copy(update={"device": device})
     if target.num_threads is None:
         target = target.model_copy(update={"num_threads": config.training.num_threads})
+    if target.engine != "hf" and target.capture_layers is None:
+        layers = training_spec(config, outline_target(config)).layers
+        target = target.model_copy(update={"capture_layers": layers})
     return target
 
 

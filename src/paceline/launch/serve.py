@@ -18,6 +18,8 @@ from rich.console import Console
 
 from paceline.config.files import write_whole
 from paceline.config.target import TargetConfig
+from paceline.launch.selftest import SelfTest, engine_name, observe_own, prepare_selftest
+from paceline.launch.target_facts import default_layers
 from paceline.observe.logs import logging_for
 from paceline.schema.protocol import TransportName
 from paceline.target.admission import Admission
@@ -28,6 +30,7 @@ from paceline.target.hf.tables import CheckpointTables
 from paceline.target.hf.tokenizer_files import TokenizerFiles
 from paceline.target.hf.weights import CheckpointWeights
 from paceline.target.interface import Engine
+from paceline.target.opening import ServedEngine, open_engine
 from paceline.target.server.gate import check_address
 from paceline.target.server.server import ServedTarget, TargetServer
 from paceline.target.server.settings import ServerSettings
@@ -85,8 +88,11 @@ def serve_target(
     with contextlib.ExitStack() as stack:
         stack.enter_context(logging_for("server", 0, options.log_file, console, level))
         _allow_many_files()
-        engine = HFEngine(config)
-        stack.callback(engine.close)
+        config = with_capture_layers(config)
+        # Before the engine starts: a GPU may not hold two models.
+        test = prepare_selftest(config, signals.stop) if config.selftest and config.engine != "hf" else None
+        engine = stack.enter_context(open_engine(config, signals.stop))
+        _prove(config, engine, test)
         signals.grace_s = _GRACE_S
         admission = Admission(_merging(engine, options), settings.max_unsent_rows, settings.max_sessions)
         stack.callback(admission.close)
@@ -101,12 +107,35 @@ def serve_target(
             _end_now(server)
 
 
-def _merging(engine: HFEngine, options: ServeOptions) -> Engine:
+def with_capture_layers(config: TargetConfig) -> TargetConfig:
+    """`config` for an engine that must know when it starts which layers it will be asked for."""
+    if config.engine == "hf" or config.capture_layers is not None:
+        return config
+    layers = default_layers(config)
+    logger.info("target.capture_layers is not set: layers %s, which all algorithms read by default", list(layers))
+    return config.model_copy(update={"capture_layers": layers})
+
+
+def _prove(config: TargetConfig, engine: ServedEngine, test: SelfTest | None) -> None:
+    """Raise TargetError unless the engine computes what transformers does."""
+    if not config.selftest:
+        logger.warning("target.selftest = false: nobody has looked whether %s computes this target", config.engine)
+        return
+    if test is None:
+        if config.tensor_parallel > 1:
+            logger.info("transformers on %d processes is not compared with itself on one", config.tensor_parallel)
+            return
+        assert isinstance(engine, HFEngine), "other engines have a reference that was made beforehand"
+        test = observe_own(config, engine)
+    test.run(config, engine).check(engine_name(config))
+
+
+def _merging(engine: ServedEngine, options: ServeOptions) -> Engine:
     return engine if options.rows_per_forward == 1 else MergingEngine(engine, options.rows_per_forward)
 
 
 def _served(
-    config: TargetConfig, options: ServeOptions, settings: ServerSettings, engine: HFEngine, admission: Admission
+    config: TargetConfig, options: ServeOptions, settings: ServerSettings, engine: ServedEngine, admission: Admission
 ) -> ServedTarget:
     device = resolve_device(config.device)
     # read in slices, whatever device and dtype the engine computes in

@@ -8,8 +8,10 @@ from pathlib import Path
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from paceline.client.recording import Recording
+from paceline.config.drafts import DFlashConfig, Eagle3Config
 from paceline.config.run import RunConfig
 from paceline.config.run_dir import RunDir
+from paceline.config.target import TargetConfig
 from paceline.drafts.registry import load_algorithm
 from paceline.errors import DataError
 from paceline.launch.trained import recall_target
@@ -35,7 +37,7 @@ class TargetFacts:
 def read_checkpoint_facts(config: RunConfig) -> TargetFacts:
     """From the target's configuration and tokenizer files."""
     target = config.target
-    text = text_config(config)
+    text = text_config(target)
     tokenizer = load_tokenizer(target.model, target.revision, target.trust_remote_code)
     return TargetFacts(int(text.vocab_size), choose_mask_token(tokenizer, int(text.vocab_size)), tokenizer)
 
@@ -110,23 +112,30 @@ def outline_target(config: RunConfig) -> TargetInfo:
     if config.placement.target == "recorded":
         return open_recording(config).info
     run = RunDir(Path(config.run_dir))
-    return recall_target(run) if run.target_info.exists() else _outline(config)
+    return recall_target(run) if run.target_info.exists() else _outline(config.target)
 
 
-def text_config(config: RunConfig) -> PretrainedConfig:
-    target = config.target
+def default_layers(target: TargetConfig) -> tuple[int, ...]:
+    """Those that any algorithm reads of this target unless its draft says otherwise."""
+    info = _outline(target)
+    drafts = (Eagle3Config(), DFlashConfig())
+    return merge_specs(load_algorithm(draft.algorithm).feature_spec(draft, info) for draft in drafts).layers
+
+
+def text_config(target: TargetConfig) -> PretrainedConfig:
+    """The configuration of the target's text model."""
     checkpoint = resolve_checkpoint(target.model, target.revision, target.trust_remote_code, weights=False)
     text: PretrainedConfig = load_config(checkpoint, target.trust_remote_code).get_text_config(decoder=True)
     return text
 
 
-def _outline(config: RunConfig) -> TargetInfo:
+def _outline(target: TargetConfig) -> TargetInfo:
     """The sizes of a target that nobody has loaded yet; what only loading can tell is left empty."""
-    text = text_config(config)
-    dtype = config.target.dtype if config.target.dtype != "auto" else str(text.dtype or "float32")
+    text = text_config(target)
+    dtype = target.dtype if target.dtype != "auto" else str(text.dtype or "float32")
     heads = int(text.num_attention_heads)
     return TargetInfo(
-        name=config.target.model,
+        name=target.model,
         model_type=text.model_type,
         num_layers=text.num_hidden_layers,
         hidden_size=text.hidden_size,

@@ -94,7 +94,7 @@ def target_work(config: RunConfig, info: TargetInfo, spec: FeatureSpec, workload
     Raises:
         TargetError: a model that cannot be built from its configuration alone, or whose experts cannot be counted.
     """
-    model, text = _empty_model(config), text_config(config)
+    model, text = _empty_model(config), text_config(config.target)
     head = model.get_output_embeddings()
     assert head is not None, "a causal language model has one"
     outside = {id(weight) for part in (head, model.get_input_embeddings()) for weight in part.parameters()}
@@ -184,7 +184,7 @@ def _dflash_work(config: DFlashConfig, info: TargetInfo, workload: Workload) -> 
 
 def _empty_model(config: RunConfig) -> PreTrainedModel:
     target = config.target
-    text = text_config(config)
+    text = text_config(config.target)
     try:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(text, trust_remote_code=target.trust_remote_code)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Protocol
 
+from paceline.errors import PacelineError
 from paceline.schema.features import Features, FeatureSpec
 from paceline.schema.rows import RowRequest
 from paceline.schema.target_info import TargetInfo
+
+OnLost = Callable[[PacelineError], None]
+"""Hears why an engine can compute no more."""
 
 
 class Engine(Protocol):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +36,7 @@ _WEIGHTS = "*.safetensors"
 _HUB_PATTERNS = ["*.json", _WEIGHTS, "*.model", "*.txt", "*.jinja", "*.tiktoken"]
 _HUB_IGNORED = ["original/*", "consolidated*"]
 """Second copies of the same weights in other layouts."""
+_LAYER_KEY = re.compile(r"\blayers\.\d+\.")
 _TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
 _LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError)
 """What transformers raises for a checkpoint it cannot load."""
@@ -154,7 +158,8 @@ def load_model(
 ) -> PreTrainedModel:
     """The frozen model in eval mode, on `device` or spread by `target.device_map`.
 
-    With `num_layers` only the first so many decoder layers, beside all that is no layer.
+    With `num_layers` only the first so many decoder layers, beside all that is no layer. These are to be thrown away:
+    of a quantised checkpoint they are not what they should be, so that nothing that unpacks weights is needed.
 
     Raises:
         TargetError: missing or damaged files, an unknown architecture, tensors the model needs and the files lack.
@@ -171,12 +176,15 @@ def load_model(
         options["distributed_config"] = DistributedConfig(tp_size=config.tensor_parallel)
     elif config.device_map is not None:
         options["device_map"] = config.device_map
-    elif getattr(whole, "quantization_config", None) is not None:
+    elif num_layers is None and getattr(whole, "quantization_config", None) is not None:
         options["device_map"] = {"": device}  # quantised weights are placed while they are read
     loader: Any = AutoModelForCausalLM  # transformers' types leave out what output_loading_info returns
     model: PreTrainedModel
     try:
-        model, report = loader.from_pretrained(checkpoint, use_safetensors=True, output_loading_info=True, **options)
+        with _without_report() if num_layers is not None else contextlib.nullcontext():
+            model, report = loader.from_pretrained(
+                checkpoint, use_safetensors=True, output_loading_info=True, **options
+            )
         if not options.keys() & {"device_map", "distributed_config"}:
             nn.Module.to(model, device)
     except torch.OutOfMemoryError as error:
@@ -185,7 +193,7 @@ def load_model(
         ) from error
     except _LOAD_ERRORS as error:
         raise TargetError(f"target.model = {config.model!r} cannot be loaded: {_short(error)}") from error
-    missing = sorted(report["missing_keys"])
+    missing = sorted(key for key in report["missing_keys"] if num_layers is None or not _LAYER_KEY.search(key))
     if missing:
         raise TargetError(
             f"{checkpoint} lacks {len(missing)} of the model's tensors, first {missing[0]}: "
@@ -199,7 +207,21 @@ def load_model(
     return model
 
 
+@contextlib.contextmanager
+def _without_report() -> Iterator[None]:
+    """transformers warns of each tensor that a cut model does not take: that is what was wanted."""
+    transformers_log = logging.getLogger("transformers")
+    level = transformers_log.level
+    transformers_log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        transformers_log.setLevel(level)
+
+
 def _cut_layers(whole: PretrainedConfig, num_layers: int) -> PretrainedConfig:
+    if getattr(whole, "quantization_config", None) is not None:
+        del whole.quantization_config
     text = whole.get_text_config(decoder=True)
     text.num_hidden_layers = num_layers
     if getattr(text, "layer_types", None) is not None:

@@ -1,1 +1,1 @@
-"""The `vllm` engine: a vLLM server computes a row's documents as requests of their own."""
+"""The `vllm` engine: a vLLM server, unpatched, computes a row's documents as requests of their own."""

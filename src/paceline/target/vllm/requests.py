@@ -9,7 +9,6 @@ import json
 import socket
 import threading
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +18,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from paceline.errors import CaptureMismatchError, TargetError, TransportError
+from paceline.target.engines.interface import CapturedDocument
 from paceline.target.vllm.server import VLLMAddress
 
 _LONGEST_RECHECK_S = 0.02
-
-
-@dataclass(frozen=True, slots=True)
-class CapturedDocument:
-    """What vLLM computed for one document."""
-
-    hidden: Tensor
-    """[n, L, H], L the captured layers."""
-    layer_ids: list[int]
-    """In vLLM's numbering."""
-    next_token: int
-    """vLLM's own greedy token after the last one."""
+_HEALTH_S = 5.0
 
 
 class VLLMRequests:
-    """Documents through one server; any number of threads may call `capture` at the same time."""
+    """Documents through one server (`target.engines.interface.DocumentServer`)."""
 
     def __init__(self, address: VLLMAddress, timeout_s: float = 600.0) -> None:
         """Ask the server what it serves.
@@ -49,6 +38,8 @@ class VLLMRequests:
             TransportError: it does not answer.
             TargetError: it refuses.
         """
+        self.name = f"vLLM at {address.url}"
+        self.layers = address.layers
         self._address = address
         self._timeout_s = timeout_s
         self._lock = threading.Lock()
@@ -63,7 +54,7 @@ class VLLMRequests:
         """Hidden states of one document, int32[n]; the server's file is gone afterwards.
 
         Raises:
-            CaptureMismatchError: other tokens than were sent.
+            CaptureMismatchError: other tokens or layers than were asked for.
             TransportError: the server or its file is gone; asking again, or another server, can help.
             TargetError: the server refused.
         """
@@ -82,8 +73,8 @@ class VLLMRequests:
         reported = (answer.get("kv_transfer_params") or {}).get("hidden_states_path")
         if reported is None:
             raise TargetError(
-                f"vLLM at {self._address.url} answers without hidden states: start it with the options of "
-                "`capture_arguments`"
+                f"{self.name} answers without hidden states: start it with the options that "
+                "`paceline doctor MODEL --engine vllm --show-command` prints"
             )
         stored = self._read(Path(reported).name, deadline)
         received = stored["token_ids"].tolist()
@@ -92,7 +83,13 @@ class VLLMRequests:
                 f"vLLM captured {len(received)} tokens {received[:8]}..., {len(sent)} were sent: {sent[:8]}..."
             )
         (next_token,) = answer["choices"][0]["token_ids"]
-        return CapturedDocument(stored["hidden_states"], stored["layer_ids"].tolist(), next_token)
+        # vLLM's own connector does not say which layers a file holds: the self-test tells.
+        layer_ids = stored["layer_ids"].tolist() if "layer_ids" in stored else [layer + 1 for layer in self.layers]
+        return CapturedDocument(stored["hidden_states"], [layer_id - 1 for layer_id in layer_ids], next_token)
+
+    def is_alive(self) -> bool:
+        """Whether it answers /health."""
+        return is_ready(self._address)
 
     def close(self) -> None:
         """End the requests that are out; their threads see a TransportError."""
@@ -104,7 +101,7 @@ class VLLMRequests:
                         connection.sock.shutdown(socket.SHUT_RDWR)
 
     def _call(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
-        where = f"vLLM at {self._address.url}"
+        where = self.name
         # A new connection each time: vLLM closes those idle for 5 s, at a moment that no client can see.
         connection = self._address.connect(self._timeout_s)
         try:
@@ -113,7 +110,9 @@ class VLLMRequests:
                 if self._closed:
                     raise TransportError(f"{where}: the connection was closed")
                 self._open.add(connection)
-            headers = {"Authorization": f"Bearer {self._address.api_key}", "Content-Type": "application/json"}
+            headers = {"Content-Type": "application/json"}
+            if self._address.api_key:
+                headers["Authorization"] = f"Bearer {self._address.api_key}"
             connection.request(method, path, None if body is None else json.dumps(body), headers)
             response = connection.getresponse()
             content = response.read()
@@ -159,6 +158,18 @@ class VLLMRequests:
                 pause_s = min(2 * pause_s, _LONGEST_RECHECK_S)
             else:
                 return
+
+
+def is_ready(address: VLLMAddress) -> bool:
+    """Whether the server answers /health with 200."""
+    connection = address.connect(_HEALTH_S)
+    try:
+        connection.request("GET", "/health")
+        return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
 
 
 def _short(content: bytes) -> str:

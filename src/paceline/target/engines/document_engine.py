@@ -1,40 +1,46 @@
-"""The `vllm` engine: documents of a row as requests of their own, answered in any order, packed again here."""
+"""An engine of documents: those of a row as requests of their own, answered in any order, packed again here."""
 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from paceline.config.target import TargetConfig
 from paceline.errors import (
     CaptureMismatchError,
     ConfigError,
+    EngineLostError,
     OutOfMemoryError,
     PacelineError,
     StoppedError,
     TargetError,
+    TransportError,
 )
 from paceline.schema.features import Features, FeatureSpec
 from paceline.schema.rows import RowRequest
 from paceline.schema.target_info import TargetInfo
+from paceline.target.checks import check_request
+from paceline.target.engines.interface import CapturedDocument, DocumentServer
+from paceline.target.engines.outer_parts import OuterParts
 from paceline.target.hf.capture import apply_logit_transform
-from paceline.target.hf.engine import check_request
-from paceline.target.vllm.outer_parts import load_outer_parts
-from paceline.target.vllm.requests import CapturedDocument, VLLMRequests
-from paceline.target.vllm.server import VLLMAddress, vllm_layer_ids
 
 logger = logging.getLogger(__name__)
 
 _NUM_PROBE_TOKENS = 8
+_LAST_WORDS_S = 10.0
+"""vLLM's server ends some seconds after its core."""
 _LOGIT_TOLERANCE = 5e-2
-"""Of the largest logit; vLLM and torch round differently, and a tie may go either way."""
+"""Of the largest logit; Engine and torch round differently, and a tie may go either way."""
 
 
 @dataclass(slots=True, eq=False)
@@ -53,35 +59,31 @@ class _Row:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
-class VLLMEngine:
-    """A vLLM server as an engine (`target.interface.Engine`). The server is its starter's to end, after this.
+class DocumentEngine:
+    """A production engine as a target's engine (`target.interface.Engine`); its server is its starter's to end.
 
-    consumes: requests, their documents in order      waits for: vLLM's answers and files; one thread packs rows
-    unblocked by: an answer, a time-out, close()
+    consumes: requests, their documents in order      waits for: the server's answers; one thread packs rows
+    unblocked by: an answer, a time-out, lose(), close()
     """
 
-    def __init__(self, config: TargetConfig, address: VLLMAddress, num_requests: int = 16) -> None:
-        """Load what vLLM does not return, and prove on one document that the server computes the same target.
-
-        Args:
-            num_requests: documents at the server at one time.
+    def __init__(self, config: TargetConfig, server: DocumentServer, outer: OuterParts) -> None:
+        """Prove on one document that the server computes the target whose `outer` parts are at hand.
 
         Raises:
-            TargetError: the checkpoint cannot be described, or the server computes something else.
+            TargetError: the server computes something else.
             TransportError: the server does not answer.
         """
-        self._layers = address.layers
-        self._outer = load_outer_parts(config)
-        self._layer_ids = vllm_layer_ids(address.layers, self._outer.info.num_layers)
-        self._requests = VLLMRequests(address)
-        self._num_requests = num_requests
+        self._server, self._outer = server, outer
+        self._max_documents, self._max_tokens = config.engine_documents, config.engine_tokens
         self._lock = threading.Lock()
         self._rows: set[_Row] = set()
-        self._closed = False
+        self._ended: PacelineError | None = None
+        self._gone = threading.Event()
+        self._on_lost: list[Callable[[PacelineError], None]] = []
         self._last_end_s = 0.0
         """When the row before was packed; the packer's alone."""
-        self._senders = ThreadPoolExecutor(num_requests, "vllm-request")
-        self._packer = ThreadPoolExecutor(1, "vllm-packer", self._own_device)
+        self._senders = ThreadPoolExecutor(self._max_documents, "engine-request")
+        self._packer = ThreadPoolExecutor(1, "engine-packer", self._own_device)
         try:
             self._packer.submit(self._prove).result()
         except BaseException:
@@ -92,6 +94,11 @@ class VLLMEngine:
         """The facts about the target; the same object every time."""
         return self._outer.info
 
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The target's tokenizer."""
+        return self._outer.tokenizer
+
     def capture(self, request: RowRequest, spec: FeatureSpec) -> Future[Features]:
         """Compute features of one row; rows are answered when the last of their documents is."""
         future: Future[Features] = Future()
@@ -100,8 +107,8 @@ class VLLMEngine:
         try:
             self._check(request, spec)
             with self._lock:
-                if self._closed:
-                    raise StoppedError("the target engine is closed")
+                if self._ended is not None:
+                    raise self._ended
                 self._rows.add(row)
                 for document in range(num_documents):
                     self._senders.submit(self._send, row, document)
@@ -112,35 +119,66 @@ class VLLMEngine:
     def room(self) -> int:
         """How many more rows may be submitted now without only queueing up behind others.
 
-        As many as leave no more documents waiting than are at the server, were each row one document.
+        The engine puts documents together as they come, so it should have more of them than it computes at once: as
+        many rows like those that are out as make up `target.engine_tokens`, each document counted as waiting or there.
         """
         with self._lock:
-            return max(0, 2 * self._num_requests - sum(len(row.hidden) for row in self._rows))
+            tokens = [len(row.request.tokens) for row in self._rows]
+            num_documents = sum(row.num_missing for row in self._rows)
+        if not tokens:
+            return 2 * self._max_documents
+        left = (self._max_tokens - sum(tokens)) * len(tokens) / sum(tokens)
+        return max(0, min(math.ceil(left), 2 * self._max_documents - num_documents))
+
+    def on_lost(self, call: Callable[[PacelineError], None]) -> None:
+        """Call `call` with the reason once the engine can compute no more; at once if it cannot already."""
+        with self._lock:
+            lost = self._ended if isinstance(self._ended, EngineLostError) else None
+            if lost is None:
+                self._on_lost.append(call)
+        if lost is not None:
+            call(lost)
+
+    def lose(self, reason: Exception) -> None:
+        """The server is gone: every row fails, retryably. Any thread; the first reason counts."""
+        lost = EngineLostError(str(reason))
+        with self._lock:
+            if self._ended is not None:
+                return
+            self._ended = lost
+            calls, self._on_lost = self._on_lost, []
+            rows = list(self._rows)
+        self._gone.set()
+        for row in rows:
+            self._end(row, lost)
+        for call in calls:
+            call(lost)
 
     def close(self) -> None:
         """End the engine; futures not yet done fail with StoppedError. Safe to call twice."""
         with self._lock:
-            self._closed = True
+            self._ended = self._ended or StoppedError("the target engine is closed")
             rows = list(self._rows)
+        self._gone.set()
         for row in rows:
             self._end(row, StoppedError("the target engine was closed before this row was computed"))
-        self._requests.close()
+        self._server.close()
         self._senders.shutdown(cancel_futures=True)
         self._packer.shutdown()
 
     def _check(self, request: RowRequest, spec: FeatureSpec) -> None:
         check_request(request, spec, self.info())
-        missing = sorted(set(spec.layers) - set(self._layers) - {self.info().num_layers - 1})
+        missing = sorted(set(spec.layers) - set(self._server.layers))
         if missing:
             raise ConfigError(
-                f"capture layers {missing} of a vLLM server that was started for {list(self._layers)}: "
-                "start it with all layers that will be asked for"
+                f"capture layers {missing} of {self._server.name}, which was started for {list(self._server.layers)}: "
+                "start it with all layers that will be asked for (target.capture_layers)"
             )
         longest = int(np.diff(request.documents).max())
-        if longest > self._requests.max_tokens:
+        if longest > self._server.max_tokens:
             raise ConfigError(
-                f"a document of {longest} tokens for a vLLM server that takes {self._requests.max_tokens}: "
-                "raise its --max-model-len or lower data.row_tokens"
+                f"a document of {longest} tokens for {self._server.name}, which takes {self._server.max_tokens}: "
+                "raise its context length in target.engine_args, or lower data.row_tokens"
             )
 
     def _own_device(self) -> None:
@@ -158,7 +196,11 @@ class VLLMEngine:
                 return
         start, end = row.request.documents[document : document + 2]
         try:
-            hidden = self._checked(self._requests.capture(row.request.tokens[start:end]))
+            hidden = self._checked(self._server.capture(row.request.tokens[start:end]))
+        except TransportError as error:
+            self._look_after(error)
+            self._end(row, error)
+            return
         except BaseException as error:  # whoever waits for the row must hear of it
             self._end(row, error)
             return
@@ -172,16 +214,22 @@ class VLLMEngine:
             except RuntimeError:
                 self._end(row, StoppedError("the target engine was closed before this row was packed"))
 
+    def _look_after(self, error: TransportError) -> None:
+        """A dead server fails each row at once: it must be known for dead before rows are asked for again in vain."""
+        if not self._server.is_alive():
+            self._gone.wait(_LAST_WORDS_S)  # whoever watches its process knows more than we do
+            self.lose(error)
+
     def _checked(self, document: CapturedDocument) -> Tensor:
         """[n, L, H] of all captured layers."""
-        info = self.info()
+        info, layers = self.info(), list(self._server.layers)
         shape, dtype = tuple(document.hidden.shape[1:]), str(document.hidden.dtype).removeprefix("torch.")
-        expected = (len(self._layer_ids), info.hidden_size)
-        if document.layer_ids != self._layer_ids or shape != expected or dtype != info.dtype:
+        expected = (len(layers), info.hidden_size)
+        if document.layers != layers or shape != expected or dtype != info.dtype:
             raise CaptureMismatchError(
-                f"vLLM captured its layers {document.layer_ids} as {dtype}[n, {shape[0]}, {shape[1]}], expected "
-                f"{self._layer_ids} as {info.dtype}[n, {expected[0]}, {expected[1]}]: start it for the same layers, "
-                "with --dtype of target.dtype"
+                f"{self._server.name} captured layers {document.layers} as {dtype}[n, {shape[0]}, {shape[1]}], "
+                f"expected {layers} as {info.dtype}[n, {expected[0]}, {expected[1]}]: start it for the same layers, "
+                "with the data type of target.dtype"
             )
         return document.hidden
 
@@ -207,7 +255,7 @@ class VLLMEngine:
         spec = row.spec
         packed = torch.cat([hidden for hidden in row.hidden if hidden is not None]).to(self._outer.device)
         row.hidden = [None] * len(row.hidden)
-        slots = [self._layer_ids.index(layer + 1) for layer in spec.layers]
+        slots = [self._server.layers.index(layer) for layer in spec.layers]
         wanted = spec.final_hidden != "none" or spec.greedy or spec.logsumexp
         final = self._outer.norm(packed[:, -1]) if wanted else None
         tensors = self._outer.capture.complete(packed[:, slots], final, row.request, spec)
@@ -250,13 +298,12 @@ class VLLMEngine:
         """Raise unless vLLM's own next token is the one that our norm and lm_head find in its hidden states."""
         info, outer = self.info(), self._outer
         tokens = np.linspace(0, info.num_tokenizer_tokens - 1, _NUM_PROBE_TOKENS).astype(np.int32)
-        document = self._requests.capture(tokens)
+        document = self._server.capture(tokens)
         final = outer.norm(self._checked(document)[-1:, -1].to(outer.device))
         logits = apply_logit_transform(outer.lm_head(final), info.logit_transform)[0]
         missed_by = float(logits.max() - logits[document.next_token])
         if not missed_by <= _LOGIT_TOLERANCE * max(1.0, float(logits.abs().max())):
             raise TargetError(
-                f"vLLM says token {document.next_token} where {info.name} says {int(logits.argmax())} after its own "
-                f"hidden states (logits differ by {missed_by:.3g}): does the server run another checkpoint?"
+                f"{self._server.name} says token {document.next_token} where {info.name} says {int(logits.argmax())} "
+                f"after its own hidden states (logits differ by {missed_by:.3g}): does it run another checkpoint?"
             )
-        logger.info("vLLM serves %s in %s, its layers %s are captured", info.name, info.dtype, self._layer_ids)

@@ -1,4 +1,4 @@
-"""What vLLM does not return is computed here: the target's last norm and lm_head, without its layers."""
+"""What production engines do not return is computed here: the target's last norm and lm_head, without its layers."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from paceline.config.target import TargetConfig
 from paceline.errors import TargetError
@@ -35,6 +36,7 @@ class OuterParts:
     capture: RowCapture
     """Only its `complete` can be used."""
     device: torch.device
+    tokenizer: PreTrainedTokenizerBase
 
 
 def load_outer_parts(config: TargetConfig) -> OuterParts:
@@ -56,7 +58,7 @@ def load_outer_parts(config: TargetConfig) -> OuterParts:
     norm = _find_last_norm(parts)
     capture = RowCapture(parts, info.logit_transform, "padded", config.vocab_chunk_tokens)
     del parts.layers[:]
-    return OuterParts(info, norm, parts.lm_head, capture, device)
+    return OuterParts(info, norm, parts.lm_head, capture, device, tokenizer)
 
 
 @torch.no_grad()

@@ -1,0 +1,165 @@
+"""The self-test of an engine: its reference computed beforehand, the comparison, the verdict."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import sys
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from paceline.config.target import TargetConfig
+from paceline.errors import TargetError
+from paceline.target.engines.process import EngineProcess, private_directory
+from paceline.target.hf.engine import HFEngine
+from paceline.target.hf.fingerprint import fingerprint_weights
+from paceline.target.hf.info import EXPERT_COUNTS, count_tokenizer_tokens
+from paceline.target.hf.loading import load_config, load_tokenizer, resolve_checkpoint, resolve_device
+from paceline.target.hf.stored_tensors import read_tensor_table
+from paceline.target.opening import ServedEngine
+from paceline.target.selftest.reference import Reference, cache_path, load_reference, observe
+from paceline.target.selftest.run import SelfTestResult, run_selftest
+from paceline.target.selftest.texts import KnownTexts, build_texts
+from paceline.target.selftest.tolerance import Tolerance, choose_tolerance
+
+_NUM_LAYERS = 6
+"""Compared of an engine that captures any."""
+_ROOM = 1.3
+"""A model takes so many times its weights while it computes a text."""
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class SelfTest:
+    """What an engine will be held against."""
+
+    texts: KnownTexts
+    reference: Reference
+    tolerance: Tolerance
+
+    def run(self, config: TargetConfig, engine: ServedEngine) -> SelfTestResult:
+        """Compare; the verdict is the result's `check`."""
+        layers = config.capture_layers or _spread(engine.info().num_layers)
+        result = run_selftest(engine, self.texts, self.reference, sorted(set(layers)), self.tolerance)
+        name = engine_name(config)
+        for line in (f"self-test of {name} on {len(self.texts.tokens)} tokens:", *result.describe()):
+            logger.info(line)
+        return result
+
+
+def engine_name(config: TargetConfig) -> str:
+    """For messages."""
+    return {"hf": "transformers (hf)", "vllm": "vLLM"}[config.engine]
+
+
+def prepare_selftest(config: TargetConfig, stop: threading.Event | None = None, anew: bool = False) -> SelfTest:
+    """Compute the reference, in a process of its own that is over when this returns, unless it is known.
+
+    Args:
+        anew: neither a file of the configuration nor one of an earlier time will do.
+
+    Raises:
+        TargetError: transformers cannot compute it here.
+        StoppedError: `stop` was set.
+    """
+    checkpoint = resolve_checkpoint(config.model, config.revision, config.trust_remote_code)
+    tokenizer = load_tokenizer(str(checkpoint), None, config.trust_remote_code)
+    texts = build_texts(count_tokenizer_tokens(tokenizer))
+    tolerance = _tolerance(config, checkpoint)
+    fingerprint = fingerprint_weights(checkpoint)
+    if config.selftest_reference is not None and not anew:
+        return SelfTest(texts, load_reference(Path(config.selftest_reference), fingerprint, texts), tolerance)
+    device, dtype = _where_it_fits(checkpoint, config)
+    kept = cache_path(fingerprint, dtype, texts)
+    if anew or not kept.exists():
+        settings = {
+            "model": str(checkpoint),
+            "dtype": dtype,
+            "device": str(device),
+            "trust_remote_code": config.trust_remote_code,
+            "quantised": stored_quantisation(checkpoint) is not None,
+            "num_tokenizer_tokens": count_tokenizer_tokens(tokenizer),
+            "fingerprint": fingerprint,
+            "output": str(kept),
+        }
+        _compute(settings, config.engine_start_timeout_s, stop)
+    return SelfTest(texts, load_reference(kept, fingerprint, texts), tolerance)
+
+
+def observe_own(config: TargetConfig, engine: HFEngine) -> SelfTest:
+    """The reference of an engine that is transformers, from the model that it has loaded."""
+    info = engine.info()
+    texts = build_texts(info.num_tokenizer_tokens)
+    checkpoint = resolve_checkpoint(config.model, config.revision, config.trust_remote_code)
+    reference = observe(engine.model, texts, info.weight_fingerprint)
+    return SelfTest(texts, reference, _tolerance(config, checkpoint))
+
+
+def _compute(settings: Mapping[str, Any], timeout_s: float, stop: threading.Event | None) -> None:
+    logger.info("computing what transformers says to the self-test, in %s on %s", settings["dtype"], settings["device"])
+    command = [sys.executable, "-m", "paceline.target.selftest.reference", json.dumps(dict(settings))]
+    process = EngineProcess("transformers", private_directory("selftest"), command, os.environ)
+    try:
+        process.wait_until(Path(settings["output"]).exists, timeout_s, stop)
+    except TargetError as error:
+        raise TargetError(
+            f"the self-test's reference cannot be computed here: {error}\nGive one that was made elsewhere "
+            "(target.selftest_reference, `paceline doctor MODEL --save-reference`), or do without (target.selftest = "
+            "false)"
+        ) from error
+    finally:
+        process.close()
+
+
+def _where_it_fits(checkpoint: Path, config: TargetConfig) -> tuple[torch.device, str]:
+    """(device, dtype) of the reference: fp32 where there is room, since bf16 of transformers is itself 1 to 2 % off."""
+    device, dtype = resolve_device(config.device), config.dtype
+    if stored_quantisation(checkpoint) is not None:
+        return device, "auto"  # unpacking it may need the device's kernels
+    table = read_tensor_table(checkpoint).values()
+    num_weights = sum(math.prod(tensor.shape) for tensor in table)
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        if 4 * num_weights * _ROOM < free:
+            return device, "float32"
+        if sum(tensor.num_bytes for tensor in table) * _ROOM < free:
+            return device, dtype
+    return torch.device("cpu"), "float32" if 4 * num_weights * _ROOM < _free_memory() else dtype
+
+
+def _free_memory() -> int:
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _tolerance(config: TargetConfig, checkpoint: Path) -> Tolerance:
+    whole = load_config(checkpoint, config.trust_remote_code)
+    text = whole.get_text_config(decoder=True)
+    dtype = config.dtype if config.dtype != "auto" else str(text.dtype or whole.dtype or "float32")
+    experts = any((getattr(text, name, None) or 0) > 1 for name in EXPERT_COUNTS)
+    return choose_tolerance(dtype.removeprefix("torch."), _quantisation(config, checkpoint), experts)
+
+
+def _quantisation(config: TargetConfig, checkpoint: Path) -> Mapping[str, Any] | str | None:
+    """The checkpoint's, or what the engine is asked to quantise to while it loads."""
+    asked = config.engine_args.get("quantization")
+    return stored_quantisation(checkpoint) or (str(asked) if asked else None)
+
+
+def stored_quantisation(checkpoint: Path) -> Mapping[str, Any] | None:
+    """The `quantization_config` of a checkpoint, of its text model where that has one."""
+    whole = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    found: Mapping[str, Any] | None = whole.get("quantization_config")
+    return found or whole.get("text_config", {}).get("quantization_config")
+
+
+def _spread(num_layers: int) -> tuple[int, ...]:
+    """Layers from the first to the last but one."""
+    last = max(0, num_layers - 2)
+    return tuple(sorted({round(last * step / (_NUM_LAYERS - 1)) for step in range(_NUM_LAYERS)}))

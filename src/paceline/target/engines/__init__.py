@@ -1,0 +1,1 @@
+"""Engines in processes of their own that compute one document a request: what they have in common."""

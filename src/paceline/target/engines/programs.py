@@ -1,0 +1,96 @@
+"""Where an engine is installed, which version it is, and what its process gets from ours."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from paceline.config.target import TargetConfig
+from paceline.errors import ConfigError
+from paceline.target.hf.loading import resolve_device
+
+_ASK = """
+import sys
+from importlib.metadata import PackageNotFoundError, version
+for name in sys.argv[1:]:
+    try:
+        print(version(name))
+        break
+    except PackageNotFoundError:
+        pass
+"""
+_ASK_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineProgram:
+    """An installed engine."""
+
+    python: Path
+    """The interpreter of the environment that has it."""
+    version: str
+
+    @property
+    def release(self) -> tuple[int, ...]:
+        """The numbers of the version, for comparisons: "0.32.0rc1" is (0, 32, 0)."""
+        found = re.match(r"\d+(\.\d+)*", self.version)
+        return tuple(int(part) for part in found[0].split(".")) if found else ()
+
+
+def find_program(config: TargetConfig, packages: Sequence[str]) -> EngineProgram:
+    """The engine that `target.engine_python` has, paceline's own Python without that.
+
+    Args:
+        packages: names under which it may be installed.
+
+    Raises:
+        ConfigError: it is not there.
+    """
+    python = Path(config.engine_python or sys.executable).expanduser()
+    remedy = f"install it there, or set target.engine_python to the Python that has {config.engine}"
+    try:
+        asked = subprocess.run(  # noqa: S603  # the user's own Python
+            [str(python), "-c", _ASK, *packages], capture_output=True, text=True, timeout=_ASK_S, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ConfigError(f"target.engine_python = {str(python)!r} cannot be run ({error}): {remedy}") from error
+    if asked.returncode or not asked.stdout.strip():
+        said = f" ({asked.stderr.strip().splitlines()[-1]})" if asked.stderr.strip() else ""
+        raise ConfigError(f"{python} has no package {' or '.join(packages)}{said}: {remedy}")
+    return EngineProgram(python, asked.stdout.strip())
+
+
+def child_environment(config: TargetConfig, program: EngineProgram, code: Path) -> dict[str, str]:
+    """This process's variables, with the folder `code` to import from and the GPUs of `target.device` alone in sight.
+
+    Another Python gets none of our import path: packages of one environment break another.
+    """
+    own = Path(sys.executable) == program.python
+    path = [str(code), *([os.environ["PYTHONPATH"]] if own and os.environ.get("PYTHONPATH") else [])]
+    return {**os.environ, **visible_gpus(config, os.environ), "PYTHONPATH": os.pathsep.join(path)}
+
+
+def visible_gpus(config: TargetConfig, environment: Mapping[str, str]) -> dict[str, str]:
+    """CUDA_VISIBLE_DEVICES of an engine that computes on `target.device` and the `tensor_parallel` - 1 after it."""
+    device = resolve_device(config.device)
+    if device.type != "cuda" or config.device in ("auto", "cuda"):
+        return {}
+    first = device.index or 0
+    chosen = range(first, first + config.tensor_parallel)
+    seen = environment.get("CUDA_VISIBLE_DEVICES", "")
+    names = seen.split(",") if seen else [str(index) for index in range(chosen.stop)]
+    return {"CUDA_VISIBLE_DEVICES": ",".join(names[index] for index in chosen if index < len(names))}
+
+
+def free_port() -> int:
+    """A port of loopback that nobody listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

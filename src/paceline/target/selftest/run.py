@@ -1,0 +1,131 @@
+"""The self-test: known texts through an engine, and the verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import numpy as np
+
+from paceline.errors import TargetError
+from paceline.schema.features import Features, FeatureSpec
+from paceline.schema.rows import RowRequest
+from paceline.target.interface import Engine
+from paceline.target.selftest.compare import Answer, Comparison, diagnose, name_of
+from paceline.target.selftest.reference import Reference
+from paceline.target.selftest.texts import Capture, KnownTexts, plan_captures
+from paceline.target.selftest.tolerance import Tolerance
+
+_ANSWER_S = 600.0
+"""A first row may compile kernels for minutes."""
+
+
+@dataclass(frozen=True, slots=True)
+class SelfTestLine:
+    """One layer, or the final hidden state, over all captures."""
+
+    name: str
+    relative: float
+    """The worst of all documents."""
+    cosine: float
+    text: str
+    """Which document in which capture was the worst."""
+    works: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SelfTestResult:
+    """What an engine computed, held against transformers."""
+
+    lines: tuple[SelfTestLine, ...]
+    num_wrong_tokens: int
+    """Greedy tokens that differ where the reference is sure."""
+    num_tokens: int
+    repeats_are_equal: bool
+    """Whether the same row came twice with the same bits; nothing depends on it."""
+    tolerance: Tolerance
+    reference_dtype: str
+    problem: str | None
+    """What is wrong, in words."""
+
+    def check(self, engine: str) -> None:
+        """Raise TargetError if the engine is wrong."""
+        if self.problem is not None:
+            raise TargetError(f"{engine} does not compute this target: {self.problem}")
+
+    def describe(self) -> list[str]:
+        """Lines of text, for a log."""
+        shown = [
+            f"{line.name}: off by {line.relative:.2e} at most, cosine {line.cosine:.6f} ({line.text})"
+            + ("" if line.works else "  <- wrong")
+            for line in self.lines
+        ]
+        repeats = "bit-equal" if self.repeats_are_equal else "different in the last bits"
+        return [
+            *shown,
+            f"greedy tokens: {self.num_wrong_tokens} of {self.num_tokens} differ; repeats: {repeats}",
+            f"{self.tolerance}; transformers in {self.reference_dtype}",
+        ]
+
+
+def run_selftest(
+    engine: Engine, texts: KnownTexts, reference: Reference, layers: Sequence[int], tolerance: Tolerance
+) -> SelfTestResult:
+    """Send the known texts through `engine`, each alone and all in one row, all of it twice.
+
+    Args:
+        layers: capture layers to compare, ascending.
+
+    Raises:
+        PacelineError: the engine fails on one of them.
+        TargetError: it does not answer.
+    """
+    spec = FeatureSpec(tuple(layers), final_hidden="all", greedy=True)
+    answers = []
+    captures, num_axes = plan_captures(texts), engine.info().num_position_axes
+    for again in (False, True):  # the second time is asked for when the first is answered: caches know it then
+        rows = [one for one in captures if one.again == again]
+        asked = [(one, engine.capture(_request(texts, one, num_axes), spec)) for one in rows]
+        answers += [Answer(capture, _answer(capture, future)) for capture, future in asked]
+    comparison = Comparison(texts, reference, layers, answers)
+    worst = [comparison.worst(what) for what in comparison.whats]
+    lines = [
+        SelfTestLine(
+            name_of(one.what),
+            one.relative,
+            one.cosine,
+            f"{texts.documents[one.document].name}, {one.capture}",
+            tolerance.allows(one.relative, one.cosine),
+        )
+        for one in worst
+    ]
+    wrong, compared = comparison.wrong_tokens(tolerance.relative)
+    return SelfTestResult(
+        tuple(lines),
+        wrong,
+        compared,
+        comparison.repeats_are_equal(),
+        tolerance,
+        reference.dtype,
+        diagnose(comparison, tolerance),
+    )
+
+
+def _request(texts: KnownTexts, capture: Capture, num_axes: int) -> RowRequest:
+    documents = [texts.documents[document].tokens for document in capture.documents]
+    return RowRequest(
+        position=0,
+        spec="selftest",
+        tokens=np.concatenate(documents),
+        documents=np.cumsum([0, *map(len, documents)]).astype(np.int32),
+        spans=np.zeros((0, 2), np.int32),
+        positions=np.tile(np.concatenate([np.arange(len(one), dtype=np.int32) for one in documents]), (num_axes, 1)),
+    )
+
+
+def _answer(capture: Capture, future: Future[Features]) -> Features:
+    try:
+        return future.result(_ANSWER_S)
+    except TimeoutError:
+        raise TargetError(f"the engine did not answer within {_ANSWER_S:.0f} s to the self-test ({capture})") from None

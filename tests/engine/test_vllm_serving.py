@@ -1,0 +1,192 @@
+"""`paceline serve --engine vllm` and runs on it: losses of the hf engine, clear words for what fails, no leftovers."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine_processes import descendants, wait_for
+from forking import Command, Commands
+from own_processes import children_of, num_steps, start
+from paceline.config.run import RunConfig
+from paceline.target.engines.programs import free_port
+from paceline.target.vllm.requests import is_ready
+from paceline.target.vllm.server import VLLMAddress
+from served import Served, num_forwards, ready, start_server
+from tiny import save_tiny_target
+from whole_run import losses, run, run_config
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900), pytest.mark.filterwarnings("ignore::UserWarning")]
+PYTHON = Path(__file__).parents[2] / ".venv-engine" / "bin" / "python"
+ARGS = ("--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "8")
+ENGINE = {
+    "target__engine": "vllm",
+    "target__engine_python": str(PYTHON),
+    "target__engine_args": {"enforce-eager": True, "max-model-len": 1024, "max-num-seqs": 8},
+    "placement__target": "servers",
+}
+EPOCHS = {"training__num_epochs": 1, "training__eval_every": 8, "training__rows_per_step": 2}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_cache() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        yield
+
+
+@pytest.fixture(scope="module")
+def engine_commands(small_cache: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
+    """Commands that have the variable, too."""
+    with Commands(tmp_path_factory.mktemp("commands"), {"VLLM_CPU_KVCACHE_SPACE": "1"}) as commands:
+        yield commands
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_target(tmp_path_factory.mktemp("target") / "qwen3", head_dim=32)
+
+
+@pytest.fixture(scope="module")
+def inline(tmp_path_factory: pytest.TempPathFactory, target: Path, data: Path) -> RunConfig:
+    """Both drafts with the hf engine."""
+    torch.set_num_threads(1)
+    config = run_config(tmp_path_factory.mktemp("inline") / "run", target, data, **EPOCHS)
+    assert run(config).status == "finished"
+    return config
+
+
+def config_on_vllm(target: Path, data: Path, run_dir: Path, **changes: Any) -> RunConfig:
+    return run_config(run_dir, target, data, **{**EPOCHS, **ENGINE, **changes})
+
+
+def serve(commands: Commands, target: Path, directory: Path, *words: str, python: Path = PYTHON) -> Command:
+    given = ("--engine", "vllm", "--capture-layers", "0,1,2", f"target.engine_python={python}", *words)
+    return start_server(commands, target, directory, *given)
+
+
+@pytest.fixture(scope="module")
+def server(engine_commands: Commands, target: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    directory = tmp_path_factory.mktemp("server")
+    command = serve(engine_commands, target, directory, "--", *ARGS)
+    assert command.wait_until((directory / "ready.json").exists, 400), command.output
+    yield ready(command, directory)
+    pids = descendants(command.pid)
+    assert len(pids) >= 3  # the guard, vLLM's server, its core
+    command.send_signal(signal.SIGTERM)
+    command.wait(30)
+    assert wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), 15)
+
+
+def engine_directories() -> set[Path]:
+    return set(Path("/dev/shm").glob("paceline-vllm-*"))
+
+
+def assert_losses_agree(one: RunConfig, other: RunConfig) -> None:
+    ours, theirs = losses(one), losses(other)
+    assert len(ours) == len(theirs) > 8
+    for mine, yours in zip(ours, theirs, strict=True):
+        assert mine == pytest.approx(yours, rel=1e-4)
+
+
+def test_drafts_trained_through_vllm_have_the_losses_of_the_hf_engine(
+    server: Served, inline: RunConfig, target: Path, data: Path, tmp_path: Path
+) -> None:
+    where = {"placement__target": "urls", "placement__urls": [server.url]}
+    config = config_on_vllm(target, data, tmp_path / "run", **where)
+    assert run(config).status == "finished"
+    assert_losses_agree(config, inline)
+    assert num_forwards(server) > len(losses(config))
+    output = server.command.output
+    assert "self-test of vLLM" in output
+    assert "layer 2" in output
+
+
+def test_one_command_starts_vllm_and_ends_it_and_a_core_that_dies_costs_only_time(
+    engine_commands: Commands, inline: RunConfig, target: Path, data: Path, tmp_path: Path
+) -> None:
+    before = engine_directories()
+    config = config_on_vllm(target, data, tmp_path / "run", placement__start_timeout_s=600)
+    running = start(engine_commands, config, tmp_path)
+    assert running.wait_until(lambda: num_steps(config) >= 2, 400), running.output
+    core = descendants(children_of(running.pid)["server-0"])[-1]
+    os.kill(core, signal.SIGKILL)
+    assert running.wait(500) == 0, running.output
+    assert_losses_agree(config, inline)
+    log = (Path(config.run_dir) / "logs" / "server-0.log").read_text()
+    assert "ending, since the target engine is dead: EngineLostError: vLLM" in log
+    assert "the last lines of its log" in log
+    assert log.count("self-test of vLLM") == 2
+    assert wait_for(lambda: engine_directories() == before, 15)
+
+
+def test_a_server_that_is_killed_takes_its_vllm_with_it(
+    engine_commands: Commands, target: Path, tmp_path: Path
+) -> None:
+    before = engine_directories()
+    command = serve(engine_commands, target, tmp_path, "--", *ARGS)
+    assert command.wait_until(lambda: len(descendants(command.pid)) >= 2, 120), command.output
+    pids = descendants(command.pid)
+    command.send_signal(signal.SIGKILL)
+    command.wait()
+    assert wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), 15)
+    assert wait_for(lambda: engine_directories() == before, 5)
+
+
+@pytest.mark.parametrize(
+    ("words", "python", "message"),
+    [
+        (("--", "--no-such-option", "3"), PYTHON, "unrecognized arguments: --no-such-option"),
+        (("--", "--port", "3"), PYTHON, "hold --port, which paceline sets itself"),
+        (("--", "--max-model-len", "10000000"), PYTHON, "max_model_len"),
+        ((), Path(sys.executable), "has no package vllm or vllm-cpu"),
+        (("target.capture_layers=[0, 7]",), PYTHON, "target.capture_layers has [7], the target has layers 0..3"),
+    ],
+    ids=["refused option", "own option", "impossible setting", "not installed", "no such layer"],
+)
+def test_what_cannot_start_says_why(
+    engine_commands: Commands, target: Path, tmp_path: Path, words: tuple[str, ...], python: Path, message: str
+) -> None:
+    command = serve(engine_commands, target, tmp_path, *words, python=python)
+    assert command.wait(200) == 1, command.output
+    assert message in command.output
+    assert "Traceback" not in command.output.partition("error: ")[0]
+
+
+def test_an_engine_that_somebody_else_starts_is_attached_to_and_missed_when_it_goes(
+    engine_commands: Commands, target: Path, tmp_path: Path
+) -> None:
+    url, directory = f"http://127.0.0.1:{free_port()}", tmp_path / "hidden"
+    where = ("--engine-url", url, f"target.engine_directory={directory}", f"target.engine_python={PYTHON}")
+    shown = engine_commands.start(
+        *("doctor", str(target), "--engine", "vllm", "--capture-layers", "0,1,2", "--show-command", *where),
+        *("target.device=cpu", "target.dtype=float32", "--", *ARGS),
+    )
+    assert shown.wait() == 0, shown.output
+    variables = {**os.environ, "PACELINE_ENGINE_KEY": "secret", "VLLM_HOST_IP": "127.0.0.1"}
+    with (tmp_path / "vllm.log").open("wb") as log:
+        command_line = shown.output.strip().splitlines()[-1]
+        engine = subprocess.Popen(
+            ["/bin/sh", "-c", command_line], env=variables, stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        assert wait_for(lambda: is_ready(VLLMAddress(url, directory, ())), 400), (tmp_path / "vllm.log").read_text()
+        with Commands(tmp_path, {"PACELINE_ENGINE_KEY": "secret"}) as commands:
+            command = serve(commands, target, tmp_path / "server", *where)
+            ready(command, tmp_path / "server")
+            os.killpg(engine.pid, signal.SIGKILL)
+            assert command.wait(60) == 1
+            assert f"vLLM at {url} does not answer any more" in command.output
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(engine.pid, signal.SIGKILL)
+        engine.wait()

@@ -1,0 +1,301 @@
+"""The self-test of engines: a right one passes, and each engine that is wrong on purpose is refused with its reason."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from forking import Commands
+from paceline.config.target import TargetConfig
+from paceline.errors import TargetError
+from paceline.launch.selftest import SelfTest, observe_own, stored_quantisation
+from paceline.schema.features import Features, FeatureSpec
+from paceline.schema.rows import RowRequest
+from paceline.schema.target_info import TargetInfo
+from paceline.target.hf.engine import HFEngine
+from paceline.target.selftest.reference import load_reference, observe
+from paceline.target.selftest.run import SelfTestResult, run_selftest
+from paceline.target.selftest.texts import build_texts
+from paceline.target.selftest.tolerance import choose_tolerance
+from tiny import save_tiny_target
+
+LAYERS = (0, 1, 2)
+Change = Callable[["WrongEngine", RowRequest, FeatureSpec], Features]
+
+
+class WrongEngine:
+    """A real engine behind somebody who changes what is asked or answered."""
+
+    def __init__(self, engine: HFEngine, change: Change) -> None:
+        self.engine, self.change = engine, change
+        self.seen: list[bytes] = []
+        """Documents that were asked for before."""
+
+    def info(self) -> TargetInfo:
+        return self.engine.info()
+
+    def ask(self, request: RowRequest, spec: FeatureSpec) -> Features:
+        return self.engine.capture(request, spec).result(60)
+
+    def capture(self, request: RowRequest, spec: FeatureSpec) -> Future[Features]:
+        future: Future[Features] = Future()
+        future.set_result(self.change(self, request, spec))
+        starts = zip(request.documents, request.documents[1:], strict=False)
+        self.seen += [request.tokens[start:end].tobytes() for start, end in starts]
+        return future
+
+    def room(self) -> int:
+        return 1
+
+    def close(self) -> None:
+        return
+
+
+def one_document(request: RowRequest) -> RowRequest:
+    num = len(request.tokens)
+    return replace(request, documents=np.array([0, num], np.int32), positions=np.arange(num, dtype=np.int32)[None])
+
+
+def next_layer(wrong: WrongEngine, request: RowRequest, spec: FeatureSpec) -> Features:
+    """transformers' numbering taken for ours."""
+    features = wrong.ask(request, replace(spec, layers=tuple(layer + 1 for layer in spec.layers)))
+    return replace(features, layers=spec.layers)
+
+
+def layer_before(wrong: WrongEngine, request: RowRequest, spec: FeatureSpec) -> Features:
+    features = wrong.ask(request, replace(spec, layers=tuple(max(0, layer - 1) for layer in spec.layers[1:])))
+    return replace(features, layers=spec.layers, hidden=torch.cat([features.hidden[:, :1], features.hidden], 1))
+
+
+def shifted_by_one(wrong: WrongEngine, request: RowRequest, spec: FeatureSpec) -> Features:
+    """A state too early, as where an engine answers for the token that comes next."""
+    features = wrong.ask(request, spec)
+    moved = {name: torch.roll(getattr(features, name), -1, 0) for name in ("hidden", "final_hidden", "greedy")}
+    return replace(features, **moved)
+
+
+def before_the_norm(wrong: WrongEngine, request: RowRequest, spec: FeatureSpec) -> Features:
+    last = wrong.ask(request, FeatureSpec((wrong.info().num_layers - 1,)))
+    return replace(wrong.ask(request, spec), final_hidden=last.hidden[:, 0])
+
+
+def documents_see_each_other(wrong: WrongEngine, request: RowRequest, spec: FeatureSpec) -> Features:
+    return wrong.ask(one_document(request), spec)
+
+
+def stale_prefix_cache(wrong: WrongEngine, request: RowRequest, spec: FeatureSpec) -> Features:
+    """A repeated document has the states of its last token everywhere but there."""
+    features = wrong.ask(request, spec)
+    return forget(features, request, lambda tokens: tokens.tobytes() in wrong.seen)
+
+
+def shared_prefix_cache(wrong: WrongEngine, request: RowRequest, spec: FeatureSpec) -> Features:
+    """The same for one that begins like another that came before; the same whole is computed again."""
+    features = wrong.ask(request, spec)
+
+    def begins_like_another(tokens: np.ndarray) -> bool:
+        head = tokens[:64].tobytes()
+        return len(tokens) > 64 and any(other.startswith(head) and other != tokens.tobytes() for other in wrong.seen)
+
+    return forget(features, request, begins_like_another)
+
+
+def forget(features: Features, request: RowRequest, cached: Callable[[np.ndarray], bool]) -> Features:
+    hidden = features.hidden.clone()
+    for start, end in zip(request.documents, request.documents[1:], strict=False):
+        if end - start > 1 and cached(request.tokens[start:end]):
+            hidden[start : end - 1] = hidden[end - 1]
+    return replace(features, hidden=hidden)
+
+
+def other_greedy(wrong: WrongEngine, request: RowRequest, spec: FeatureSpec) -> Features:
+    features = wrong.ask(request, spec)
+    assert features.greedy is not None
+    return replace(features, greedy=(features.greedy + 1) % 300)
+
+
+def not_finite(wrong: WrongEngine, request: RowRequest, spec: FeatureSpec) -> Features:
+    features = wrong.ask(request, spec)
+    hidden = features.hidden.clone()
+    hidden[-1, 0, 0] = torch.nan
+    return replace(features, hidden=hidden)
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_target: Path) -> Iterator[HFEngine]:
+    with contextlib.closing(HFEngine(config_of(tiny_target))) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def test(engine: HFEngine, tiny_target: Path) -> SelfTest:
+    return observe_own(config_of(tiny_target), engine)
+
+
+def config_of(target: Path, **changes: object) -> TargetConfig:
+    return TargetConfig.model_validate({"model": str(target), "device": "cpu", **changes})
+
+
+def result_of(test: SelfTest, engine: object, dtype: str = "float32", quantised: str | None = None) -> SelfTestResult:
+    tolerance = choose_tolerance(dtype, quantised)
+    return run_selftest(engine, test.texts, test.reference, LAYERS, tolerance)  # type: ignore[arg-type]
+
+
+def test_an_engine_that_is_right_passes_to_the_last_layer(test: SelfTest, engine: HFEngine) -> None:
+    result = run_selftest(engine, test.texts, test.reference, (0, 1, 2, 3), test.tolerance)
+    assert result.problem is None
+    assert [line.name for line in result.lines] == ["layer 0", "layer 1", "layer 2", "layer 3", "final hidden"]
+    assert all(line.works and line.relative < 1e-5 for line in result.lines)
+    assert (result.num_wrong_tokens, result.repeats_are_equal) == (0, True)
+    assert result.num_tokens == 4 * len(test.texts.tokens)
+    assert "compared within 0.001" in result.describe()[-1]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_lower_precision_passes_within_its_own_limits(test: SelfTest, tiny_target: Path, dtype: str) -> None:
+    with contextlib.closing(HFEngine(config_of(tiny_target, dtype=dtype))) as engine:
+        result = result_of(test, engine, dtype)
+    assert result.problem is None
+    assert max(line.relative for line in result.lines) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (next_layer, "layer 0 asked, layer 1's output received"),
+        (layer_before, "layer 1 asked, layer 0's output received"),
+        (shifted_by_one, "tokens are shifted by one: token t has the state of token t + 1"),
+        (before_the_norm, "final hidden asked, layer 3's output, before the final norm, received"),
+        (documents_see_each_other, "documents of a row see each other"),
+        (stale_prefix_cache, "right the first time and wrong the second: a cache of prefixes"),
+        (shared_prefix_cache, "wrong where a document begins like an earlier one: a cache of prefixes"),
+        (other_greedy, "greedy tokens differ from transformers', while the hidden states agree"),
+        (not_finite, "states that are not finite"),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else "",
+)
+def test_an_engine_that_is_wrong_is_refused_with_the_reason(
+    test: SelfTest, engine: HFEngine, change: Change, reason: str
+) -> None:
+    result = result_of(test, WrongEngine(engine, change))
+    with pytest.raises(TargetError, match="Engine 3 does not compute this target") as error:
+        result.check("Engine 3")
+    assert reason in str(error.value)
+
+
+def test_another_rope_is_told_by_where_states_begin_to_differ(
+    test: SelfTest, tiny_target: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_target, tmp_path / "rope")
+    file = tmp_path / "rope" / "config.json"
+    config = json.loads(file.read_text())
+    config["rope_parameters"] = {"rope_type": "linear", "factor": 8.0, "rope_theta": 10000.0}
+    file.write_text(json.dumps(config))
+    with contextlib.closing(HFEngine(config_of(tmp_path / "rope"))) as engine:
+        problem = result_of(test, engine).problem
+    assert problem is not None
+    assert "wrong after it: another RoPE" in problem
+
+
+def test_another_checkpoint_is_like_nothing(test: SelfTest, tmp_path: Path) -> None:
+    with contextlib.closing(HFEngine(config_of(save_tiny_target(tmp_path / "t", seed=1)))) as engine:
+        problem = result_of(test, engine).problem
+    assert problem is not None
+    assert "another checkpoint" in problem
+
+
+def test_limits_as_wide_as_of_four_bits_still_tell_neighbours_apart(test: SelfTest, engine: HFEngine) -> None:
+    assert result_of(test, engine, quantised="awq").problem is None
+    problem = result_of(test, WrongEngine(engine, next_layer), quantised="awq").problem
+    assert problem is not None
+    assert "layer 0 asked, layer 1's output received" in problem
+    assert "awq weights" in problem
+
+
+@pytest.mark.parametrize(
+    ("quantisation", "name", "relative"),
+    [
+        (None, "bfloat16", 3e-2),
+        ("fp8", "fp8 weights", 0.2),
+        ({"quant_method": "gptq", "bits": 4}, "gptq weights", 0.35),
+        ({"quant_method": "gptq", "bits": 8}, "gptq weights", 0.2),
+        (
+            {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": {"num_bits": 8}}}},
+            "compressed-tensors 8 bit weights",
+            0.2,
+        ),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "modelopt nvfp4 weights", 0.35),
+        ({"quant_method": "something new"}, "something new weights", 0.35),
+    ],
+    ids=str,
+)
+def test_limits_are_those_of_the_format_and_name_it(quantisation: object, name: str, relative: float) -> None:
+    limits = choose_tolerance("bfloat16", quantisation)  # type: ignore[arg-type]
+    assert (limits.name, limits.relative) == (name, relative)
+    assert name in str(limits)
+
+
+def test_a_reference_travels_as_a_file_and_is_refused_for_others(
+    test: SelfTest, engine: HFEngine, tmp_path: Path
+) -> None:
+    test.reference.save(tmp_path / "r.safetensors")
+    fingerprint = engine.info().weight_fingerprint
+    loaded = load_reference(tmp_path / "r.safetensors", fingerprint, test.texts)
+    assert torch.equal(loaded.layers, test.reference.layers)
+    assert run_selftest(engine, test.texts, loaded, LAYERS, test.tolerance).problem is None
+    with pytest.raises(TargetError, match=f"of weights {fingerprint}, this target's are 0000"):
+        load_reference(tmp_path / "r.safetensors", "0000", test.texts)
+    with pytest.raises(TargetError, match="of texts"):
+        load_reference(tmp_path / "r.safetensors", fingerprint, build_texts(200))
+    (tmp_path / "r.safetensors").write_bytes(b"no")
+    with pytest.raises(TargetError, match="cannot be read"):
+        load_reference(tmp_path / "r.safetensors", fingerprint, test.texts)
+
+
+def test_the_reference_is_what_transformers_says_a_text_at_a_time(test: SelfTest, tiny_target: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_target, attn_implementation="eager").eval()
+    other = observe(model, test.texts, "")
+    torch.testing.assert_close(other.layers, test.reference.layers, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(other.final_hidden, test.reference.final_hidden, rtol=1e-4, atol=1e-5)
+    assert other.before_norm is not None
+    torch.testing.assert_close(model.model.norm(other.before_norm), other.final_hidden)
+
+
+def test_the_doctor_tests_an_engine_and_saves_a_reference(tiny_target: Path, tmp_path: Path) -> None:
+    """Through a reference that a process of its own computes, without anything of the engine."""
+    with Commands(tmp_path, {"XDG_CACHE_HOME": str(tmp_path / "cache")}) as commands:
+        saved = commands.start(
+            "doctor", str(tiny_target), "--save-reference", str(tmp_path / "r.safetensors"), "target.device=cpu"
+        )
+        assert saved.wait(120) == 0, saved.output
+        (kept,) = (tmp_path / "cache" / "paceline" / "selftest").iterdir()
+        copy = load_file(tmp_path / "r.safetensors")
+        assert all(torch.equal(tensor, copy[name]) for name, tensor in load_file(kept).items())
+        tested = commands.start("doctor", str(tiny_target), "--engine", "hf", "target.device=cpu")
+        assert tested.wait(120) == 0, tested.output
+        assert "computes" in tested.output
+        assert "final hidden" in tested.output
+        other = save_tiny_target(tmp_path / "other", seed=1)
+        refused = commands.start(
+            "doctor", str(other), f"target.selftest_reference={tmp_path / 'r.safetensors'}", "target.device=cpu"
+        )
+        assert refused.wait(60) == 1
+        assert "make it anew with" in refused.output
+
+
+def test_a_checkpoint_says_how_it_is_quantised(tiny_target: Path, tmp_path: Path) -> None:
+    assert stored_quantisation(tiny_target) is None
+    nested = {"text_config": {"quantization_config": {"quant_method": "fp8"}}}
+    (tmp_path / "config.json").write_text(json.dumps(nested))
+    assert stored_quantisation(tmp_path) == {"quant_method": "fp8"}

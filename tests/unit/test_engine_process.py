@@ -1,0 +1,176 @@
+"""An engine's process: its options, its last words, and that nothing of it outlives whoever started it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from engine_processes import descendants, wait_for
+from paceline.cli.serve import build_target_config, split_engine_flags
+from paceline.config.target import TargetConfig
+from paceline.errors import ConfigError, StoppedError, TargetError
+from paceline.target.engines.flags import check_not_set, parse_flags, write_flags
+from paceline.target.engines.process import EngineProcess, private_directory
+from paceline.target.engines.programs import EngineProgram, child_environment, find_program, visible_gpus
+
+WORKERS = """
+import pathlib, subprocess, sys, time
+sleep = "import time; time.sleep(600)"
+worker = subprocess.Popen([sys.executable, "-c", sleep])
+print("the engine speaks", flush=True)
+pathlib.Path(sys.argv[1], "ready").touch()
+time.sleep(600)
+"""
+DEAF = WORKERS.replace('sleep = "', 'sleep = "import signal; signal.signal(15, signal.SIG_IGN); ')
+"""Its worker does not hear SIGTERM."""
+
+
+def start(script: str) -> tuple[EngineProcess, Path]:
+    root = private_directory("test")
+    return EngineProcess("Engine", root, [sys.executable, "-c", script, str(root)], os.environ), root
+
+
+def is_there(root: Path) -> Callable[[], bool]:
+    return (root / "ready").exists
+
+
+def test_options_of_an_engine_pass_through_a_table() -> None:
+    words = ["--max-model-len", "4096", "--enforce-eager", "-tp=2", "--lora", "a", "b", "--offset", "-1", "--x={}"]
+    table = parse_flags(words)
+    assert table == {
+        "max-model-len": "4096",
+        "enforce-eager": True,
+        "-tp": "2",
+        "lora": ["a", "b"],
+        "offset": "-1",
+        "x": "{}",
+    }
+    assert write_flags(table) == [
+        *("--max-model-len", "4096", "--enforce-eager", "-tp", "2", "--lora", "a", "b", "--offset", "-1", "--x", "{}")
+    ]
+    assert write_flags({"max_model_len": 4096, "a": False, "b": None, "hf-overrides": {"rope": [1]}}) == [
+        *("--max-model-len", "4096", "--hf-overrides", '{"rope": [1]}')
+    ]
+
+
+def test_words_without_an_option_are_refused() -> None:
+    with pytest.raises(ConfigError, match="'4096' is no option of the engine"):
+        parse_flags(["4096"])
+
+
+def test_options_that_paceline_sets_are_refused_by_any_spelling() -> None:
+    with pytest.raises(ConfigError, match=r"vLLM hold --kv-transfer-config, --port, which paceline sets"):
+        check_not_set({"port": 1, "kv_transfer_config": "{}", "seed": 3}, ["port", "kv-transfer-config"], "vLLM")
+
+
+def test_words_after_two_dashes_are_the_engines_and_win_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "target.toml"
+    file.write_text("[engine_args]\nseed = 1\nmax-model-len = 512\n")
+    words, flags = split_engine_flags(["target.num_threads=1", "--seed", "3", "--enforce-eager"])
+    config = build_target_config(file, {"model": "m", "engine": "vllm", "capture_layers": "1,5"}, words, flags)
+    assert config.engine_args == {"seed": "3", "max-model-len": 512, "enforce-eager": True}
+    assert (config.num_threads, config.capture_layers) == (1, (1, 5))
+
+
+def test_settings_of_other_engines_are_refused_for_transformers() -> None:
+    with pytest.raises(ConfigError, match='capture_layers, engine_args set for engine = "hf"'):
+        build_target_config(None, {"model": "m", "capture_layers": "1"}, [], ["--seed", "3"])
+    with pytest.raises(ConfigError, match="needs both"):
+        build_target_config(None, {"model": "m", "engine": "vllm", "engine_url": "http://127.0.0.1:1"}, [], [])
+
+
+def test_an_engine_that_is_not_installed_is_named_with_its_python() -> None:
+    config = TargetConfig(model="m", engine="vllm")
+    with pytest.raises(ConfigError, match=r"has no package no-such-engine.*target\.engine_python"):
+        find_program(config, ["no-such-engine"])
+    assert find_program(config, ["no-such-engine", "numpy"]).release[0] >= 1
+    missing = TargetConfig(model="m", engine="vllm", engine_python="/nowhere/python")
+    with pytest.raises(ConfigError, match=r"'/nowhere/python' cannot be run"):
+        find_program(missing, ["numpy"])
+
+
+def test_another_python_gets_none_of_our_import_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "/ours")
+    config = TargetConfig(model="m", engine="vllm", device="cpu")
+    other = child_environment(config, EngineProgram(Path("/other/python"), "1"), Path("/code"))
+    own = child_environment(config, EngineProgram(Path(sys.executable), "1"), Path("/code"))
+    assert (other["PYTHONPATH"], own["PYTHONPATH"]) == ("/code", "/code:/ours")
+
+
+def test_an_engine_sees_the_gpus_of_its_device_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    two = TargetConfig(model="m", engine="vllm", device="cuda:1", tensor_parallel=2)
+    assert visible_gpus(two, {}) == {"CUDA_VISIBLE_DEVICES": "1,2"}
+    assert visible_gpus(two, {"CUDA_VISIBLE_DEVICES": "4,5,6,7"}) == {"CUDA_VISIBLE_DEVICES": "5,6"}
+    assert visible_gpus(TargetConfig(model="m", device="cpu"), {}) == {}
+
+
+def test_close_ends_an_engine_that_is_deaf_with_its_workers_and_its_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    process, root = start(DEAF)
+    process.wait_until(is_there(root), 30)
+    assert root.stat().st_mode & 0o77 == 0
+    pids = descendants(os.getpid())
+    assert len(pids) >= 3  # the guard, the engine, its worker
+    process.close()
+    process.close()
+    assert not root.exists()
+    assert wait_for(lambda: not set(pids) & set(descendants(os.getpid())), 5)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids[1:])
+
+
+def test_an_engine_ends_with_its_starter_whatever_ended_that(tmp_path: Path) -> None:
+    script = (
+        "import sys, os, time; from pathlib import Path; from paceline.target.engines.process import *;"
+        "root = private_directory('test'); Path(sys.argv[1]).write_text(str(root));"
+        "p = EngineProcess('Engine', root, [sys.executable, '-c', sys.argv[2], str(root)], os.environ); time.sleep(600)"
+    )
+    starter = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "root"), WORKERS])
+    assert wait_for(lambda: (tmp_path / "root").exists() and is_there(Path((tmp_path / "root").read_text()))(), 60)
+    pids = descendants(starter.pid)
+    starter.send_signal(signal.SIGKILL)
+    starter.wait()
+    assert wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), 20)
+    assert not Path((tmp_path / "root").read_text()).exists()
+
+
+def test_an_engine_that_ends_before_it_is_ready_says_its_last_words() -> None:
+    process, _ = start("print('no such option: --x', flush=True); raise SystemExit(3)")
+    with pytest.raises(TargetError, match=r"(?s)ended with code 3 before it was ready.*no such option: --x"):
+        process.wait_until(lambda: False, 30)
+    process.close()
+
+
+def test_an_engine_that_never_is_ready_is_given_up_with_the_setting_named() -> None:
+    process, root = start(WORKERS)
+    assert wait_for(is_there(root), 30)
+    with pytest.raises(TargetError, match=r"(?s)not ready after 0 s \(target.engine_start_timeout_s\).*engine speaks"):
+        process.wait_until(lambda: False, 0.3)
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(StoppedError):
+        process.wait_until(lambda: False, 30, stop)
+    process.close()
+
+
+def test_whoever_asks_hears_of_an_engine_that_ends_while_it_serves() -> None:
+    told: list[TargetError] = []
+    process, root = start(
+        "import os, pathlib, sys; pathlib.Path(sys.argv[1], 'ready').touch(); os.kill(os.getpid(), 11)"
+    )
+    process.on_end(told.append)
+    assert wait_for(lambda: bool(told), 30)
+    assert "ended with signal 11 while it served" in str(told[0])
+    process.close()
+    assert not root.exists()
+    begin = time.monotonic()
+    process.close()
+    assert time.monotonic() - begin < 1
