@@ -32,7 +32,7 @@ from paceline.launch.child_words import (
 )
 from paceline.launch.children import Child, describe_exit
 from paceline.launch.plan import PlannedProcess, config_on, count_gpus, plan_processes
-from paceline.launch.restarts import ServerLife, check_any_left
+from paceline.launch.restarts import HURRIED_END_S, SERVER_END_S, ServerLife, check_any_left
 from paceline.launch.run import lock_run, open_run
 from paceline.launch.workers import Worker, Workers
 from paceline.observe.logs import logging_for
@@ -44,10 +44,6 @@ if TYPE_CHECKING:
     from paceline.launch.signals import StopSignals
 
 _LOOK_EVERY_S = 0.1
-_SERVER_END_S = 6.0
-"""Seconds servers get to end in order; they hold nothing that could be lost."""
-_HURRIED_END_S = 1.0
-"""The same, when the time for an orderly end is over."""
 logger = logging.getLogger(__name__)
 
 
@@ -107,7 +103,7 @@ def run_supervised(config: RunConfig, signals: StopSignals, console: Console, wo
         PacelineError: the run directory or the devices cannot be used.
     """
     paths, training = RunDir(Path(config.run_dir)), config.training
-    signals.grace_s = training.shutdown_grace_s + _SERVER_END_S + 1.5
+    signals.grace_s = training.shutdown_grace_s + SERVER_END_S + 1.5
     processes = plan_processes(config, count_gpus())
     with contextlib.ExitStack() as stack:
         stack.enter_context(lock_run(paths))
@@ -215,7 +211,7 @@ def _end_all(run: _Supervised) -> None:
     run.workers.end_all()
     for server in run.servers:
         server.child.ask_to_end()
-    deadline = time.monotonic() + (_HURRIED_END_S if run.workers.num_killed else _SERVER_END_S)
+    deadline = time.monotonic() + (HURRIED_END_S if run.workers.num_killed else SERVER_END_S)
     for server in run.servers:
         server.child.end(deadline)
 

@@ -14,6 +14,10 @@ from pathlib import Path
 from paceline.config.placement import PlacementConfig
 from paceline.errors import TargetError
 
+SERVER_END_S = 6.0
+"""Seconds servers get to end in order; they hold nothing that could be lost."""
+HURRIED_END_S = 1.0
+"""The same, when the time for an orderly end is over."""
 _FIRST_BACKOFF_S = 0.5
 _LONGEST_BACKOFF_S = 30.0
 logger = logging.getLogger(__name__)

@@ -32,7 +32,7 @@ from paceline.launch.ray.actors import THREADS_VARIABLE, ServerOrder, Whereabout
 from paceline.launch.ray.bundles import Bundle, describe, total
 from paceline.launch.ray.cluster import Cluster, check_ray, open_cluster, reserve
 from paceline.launch.ray.followed import FollowedServer, FollowedWorker, start_actor
-from paceline.launch.restarts import ServerLife, check_any_left
+from paceline.launch.restarts import HURRIED_END_S, SERVER_END_S, ServerLife, check_any_left
 from paceline.launch.run import lock_run, open_run
 from paceline.launch.tokens import take_token
 from paceline.launch.workers import Worker, Workers
@@ -43,10 +43,6 @@ if TYPE_CHECKING:
     from paceline.launch.signals import StopSignals
 
 _LOOK_EVERY_S = 0.1
-_SERVER_END_S = 6.0
-"""Seconds servers get to end in order; they hold nothing that could be lost."""
-_HURRIED_END_S = 1.0
-"""The same, when the time for an orderly end is over."""
 _RAY_END_S = 6.0
 """Seconds Ray gets to end what is left, and its own processes where it runs for this run alone."""
 logger = logging.getLogger(__name__)
@@ -83,7 +79,7 @@ def run_on_ray(config: RunConfig, signals: StopSignals, console: Console, words:
     """
     check_ray(config.placement.ray)
     paths, training = RunDir(Path(config.run_dir)), config.training
-    signals.grace_s = training.shutdown_grace_s + _SERVER_END_S + _RAY_END_S
+    signals.grace_s = training.shutdown_grace_s + SERVER_END_S + _RAY_END_S
     with contextlib.ExitStack() as stack:
         stack.enter_context(lock_run(paths))
         open_run(config)
@@ -215,7 +211,7 @@ def _end_all(run: _OnRay) -> None:
     run.workers.end_all()
     for server in run.servers:
         server.ask_to_end()
-    deadline = time.monotonic() + (_HURRIED_END_S if run.workers.num_killed else _SERVER_END_S)
+    deadline = time.monotonic() + (HURRIED_END_S if run.workers.num_killed else SERVER_END_S)
     while time.monotonic() < deadline and not all(server.has_ended() for server in run.servers):
         time.sleep(_LOOK_EVERY_S)
     for server in run.servers:
