@@ -53,6 +53,7 @@ ARGS = {
     "enforce-eager": True,
     "max-model-len": 4096,
     "max-num-seqs": 8,
+    "gpu-memory-utilization": 0.2,  # of a CPU's, too, and nobody may need the memory of a small model
     "max-num-batched-tokens": 1024,
     "long-prefill-token-threshold": 256,  # long documents take several steps: short ones overtake them
 }

@@ -23,15 +23,20 @@ from paceline.target.vllm.requests import is_ready
 from paceline.target.vllm.server import VLLMAddress
 from served import Served, num_forwards, ready, start_server
 from tiny import save_tiny_target
-from whole_run import losses, run, run_config
+from whole_run import losses, run, run_config, same_weights
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900), pytest.mark.filterwarnings("ignore::UserWarning")]
 PYTHON = Path(__file__).parents[2] / ".venv-engine" / "bin" / "python"
-ARGS = ("--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "8")
+ARGS = ("--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "8", "--gpu-memory-utilization", "0.2")
 ENGINE = {
     "target__engine": "vllm",
     "target__engine_python": str(PYTHON),
-    "target__engine_args": {"enforce-eager": True, "max-model-len": 1024, "max-num-seqs": 8},
+    "target__engine_args": {
+        "enforce-eager": True,
+        "max-model-len": 1024,
+        "max-num-seqs": 8,
+        "gpu-memory-utilization": 0.2,
+    },
     "placement__target": "servers",
 }
 EPOCHS = {"training__num_epochs": 1, "training__eval_every": 8, "training__rows_per_step": 2}
@@ -109,6 +114,21 @@ def test_drafts_trained_through_vllm_have_the_losses_of_the_hf_engine(
     output = server.command.output
     assert "self-test of vLLM" in output
     assert "layer 2" in output
+
+
+def test_one_document_at_a_time_gives_the_same_bits_in_every_run(
+    engine_commands: Commands, target: Path, data: Path, tmp_path: Path
+) -> None:
+    """Which documents vLLM computes together is what differs from run to run."""
+    command = serve(engine_commands, target, tmp_path, "target.engine_documents=1", "--", *ARGS)
+    assert command.wait_until((tmp_path / "ready.json").exists, 400), command.output
+    where = {"placement__target": "urls", "placement__urls": [ready(command, tmp_path).url]}
+    configs = [config_on_vllm(target, data, tmp_path / name / "run", **where) for name in ("one", "other")]
+    assert [run(config).status for config in configs] == ["finished", "finished"]
+    assert losses(configs[0]) == losses(configs[1])
+    assert same_weights(*configs)
+    command.send_signal(signal.SIGTERM)
+    assert command.wait(30) == 143
 
 
 def test_one_command_starts_vllm_and_ends_it_and_a_core_that_dies_costs_only_time(

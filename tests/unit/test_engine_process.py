@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from engine_processes import descendants, wait_for
@@ -20,6 +22,7 @@ from paceline.errors import ConfigError, StoppedError, TargetError
 from paceline.target.engines.flags import check_not_set, parse_flags, write_flags
 from paceline.target.engines.process import EngineProcess, private_directory
 from paceline.target.engines.programs import EngineProgram, child_environment, find_program, visible_gpus
+from paceline.target.opening import open_engine
 
 WORKERS = """
 import pathlib, subprocess, sys, time
@@ -174,3 +177,28 @@ def test_whoever_asks_hears_of_an_engine_that_ends_while_it_serves() -> None:
     begin = time.monotonic()
     process.close()
     assert time.monotonic() - begin < 1
+
+
+def test_a_version_that_was_never_tried_is_named_before_it_starts(
+    tiny_target: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With a package that is installed, and is no engine: what it says when it is started is shown, too."""
+    monkeypatch.setattr("paceline.target.opening.VLLM_PACKAGES", ("numpy",))
+    config = TargetConfig(
+        model=str(tiny_target), engine="vllm", device="cpu", capture_layers=(0,), engine_python=sys.executable
+    )
+    with (
+        caplog.at_level(logging.WARNING),
+        pytest.raises(TargetError, match=r"(?s)ended with code 1 before it was ready.*No module named 'vllm'"),
+        open_engine(config),
+    ):
+        pass
+    assert f"vLLM {np.__version__} was not tried with this version of paceline (tried: 0.32.0)" in caplog.text
+
+
+def test_the_core_of_an_engine_says_why_before_its_server_ends() -> None:
+    script = "print('ValueError: no room for 3 blocks'); print('frame ' * 3 + chr(10) * 20); raise SystemExit(1)"
+    process, _ = start(script)
+    with pytest.raises(TargetError, match="ValueError: no room for 3 blocks"):
+        process.wait_until(lambda: False, 30)
+    process.close()

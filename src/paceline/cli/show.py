@@ -102,7 +102,7 @@ def selftest_table(result: SelfTestResult) -> Table:
     for line in result.lines:
         mark = Text("ok", "green") if line.works else Text("no", "red")
         table.add_row(mark, line.name, f"{line.relative:.2e}", f"{line.cosine:.6f}", line.text)
-    wrong = f"{result.num_wrong_tokens} of {result.num_tokens} differ"
+    wrong = f"{result.num_wrong_tokens} of {result.num_judged_tokens} wrong"
     table.add_row(Text("no", "red") if result.num_wrong_tokens else Text("ok", "green"), "greedy tokens", wrong, "", "")
     table.caption = f"{result.tolerance}; transformers in {result.reference_dtype}"
     return table

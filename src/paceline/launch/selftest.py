@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import secrets
 import sys
 import threading
 from collections.abc import Mapping
@@ -21,7 +22,13 @@ from paceline.target.engines.process import EngineProcess, private_directory
 from paceline.target.hf.engine import HFEngine
 from paceline.target.hf.fingerprint import fingerprint_weights
 from paceline.target.hf.info import EXPERT_COUNTS, count_tokenizer_tokens
-from paceline.target.hf.loading import load_config, load_tokenizer, resolve_checkpoint, resolve_device
+from paceline.target.hf.loading import (
+    load_config,
+    load_tokenizer,
+    read_quantization,
+    resolve_checkpoint,
+    resolve_device,
+)
 from paceline.target.hf.stored_tensors import read_tensor_table
 from paceline.target.opening import ServedEngine
 from paceline.target.selftest.reference import Reference, cache_path, load_reference, observe
@@ -75,22 +82,28 @@ def prepare_selftest(config: TargetConfig, stop: threading.Event | None = None, 
     tolerance = _tolerance(config, checkpoint)
     fingerprint = fingerprint_weights(checkpoint)
     if config.selftest_reference is not None and not anew:
-        return SelfTest(texts, load_reference(Path(config.selftest_reference), fingerprint, texts), tolerance)
+        # Of a quantised target it may be that of the weights it was made from.
+        wanted = None if read_quantization(checkpoint) else fingerprint
+        given = load_reference(Path(config.selftest_reference), wanted, texts)
+        if given.fingerprint != fingerprint:
+            logger.warning("the self-test compares with other weights: those of %s", given.model)
+        return SelfTest(texts, given, tolerance)
     device, dtype = _where_it_fits(checkpoint, config)
     kept = cache_path(fingerprint, dtype, texts)
-    if anew or not kept.exists():
+    reference = None if anew else _known(kept, fingerprint, texts)
+    if reference is None:
         settings = {
             "model": str(checkpoint),
             "dtype": dtype,
             "device": str(device),
             "trust_remote_code": config.trust_remote_code,
-            "quantised": stored_quantisation(checkpoint) is not None,
+            "quantised": read_quantization(checkpoint) is not None,
             "num_tokenizer_tokens": count_tokenizer_tokens(tokenizer),
             "fingerprint": fingerprint,
-            "output": str(kept),
         }
-        _compute(settings, config.engine_start_timeout_s, stop)
-    return SelfTest(texts, load_reference(kept, fingerprint, texts), tolerance)
+        _compute(settings, kept, config.engine_start_timeout_s, stop)
+        reference = load_reference(kept, fingerprint, texts)
+    return SelfTest(texts, reference, tolerance)
 
 
 def observe_own(config: TargetConfig, engine: HFEngine) -> SelfTest:
@@ -102,12 +115,24 @@ def observe_own(config: TargetConfig, engine: HFEngine) -> SelfTest:
     return SelfTest(texts, reference, _tolerance(config, checkpoint))
 
 
-def _compute(settings: Mapping[str, Any], timeout_s: float, stop: threading.Event | None) -> None:
+def _known(kept: Path, fingerprint: str, texts: KnownTexts) -> Reference | None:
+    try:
+        return load_reference(kept, fingerprint, texts) if kept.exists() else None
+    except TargetError as error:
+        logger.warning("%s; it is computed again", error)
+        return None
+
+
+def _compute(settings: Mapping[str, Any], kept: Path, timeout_s: float, stop: threading.Event | None) -> None:
     logger.info("computing what transformers says to the self-test, in %s on %s", settings["dtype"], settings["device"])
-    command = [sys.executable, "-m", "paceline.target.selftest.reference", json.dumps(dict(settings))]
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    output = kept.with_name(f"{kept.name}.{secrets.token_hex(4)}")
+    words = json.dumps({**settings, "output": str(output)})
+    command = [sys.executable, "-m", "paceline.target.selftest.reference", words]
     process = EngineProcess("transformers", private_directory("selftest"), command, os.environ)
     try:
-        process.wait_until(Path(settings["output"]).exists, timeout_s, stop)
+        process.wait_until(output.exists, timeout_s, stop)
+        output.replace(kept)
     except TargetError as error:
         raise TargetError(
             f"the self-test's reference cannot be computed here: {error}\nGive one that was made elsewhere "
@@ -121,7 +146,7 @@ def _compute(settings: Mapping[str, Any], timeout_s: float, stop: threading.Even
 def _where_it_fits(checkpoint: Path, config: TargetConfig) -> tuple[torch.device, str]:
     """(device, dtype) of the reference: fp32 where there is room, since bf16 of transformers is itself 1 to 2 % off."""
     device, dtype = resolve_device(config.device), config.dtype
-    if stored_quantisation(checkpoint) is not None:
+    if read_quantization(checkpoint) is not None:
         return device, "auto"  # unpacking it may need the device's kernels
     table = read_tensor_table(checkpoint).values()
     num_weights = sum(math.prod(tensor.shape) for tensor in table)
@@ -143,20 +168,13 @@ def _tolerance(config: TargetConfig, checkpoint: Path) -> Tolerance:
     text = whole.get_text_config(decoder=True)
     dtype = config.dtype if config.dtype != "auto" else str(text.dtype or whole.dtype or "float32")
     experts = any((getattr(text, name, None) or 0) > 1 for name in EXPERT_COUNTS)
-    return choose_tolerance(dtype.removeprefix("torch."), _quantisation(config, checkpoint), experts)
+    return choose_tolerance(dtype.removeprefix("torch."), _quantization(config, checkpoint), experts)
 
 
-def _quantisation(config: TargetConfig, checkpoint: Path) -> Mapping[str, Any] | str | None:
+def _quantization(config: TargetConfig, checkpoint: Path) -> Mapping[str, Any] | str | None:
     """The checkpoint's, or what the engine is asked to quantise to while it loads."""
     asked = config.engine_args.get("quantization")
-    return stored_quantisation(checkpoint) or (str(asked) if asked else None)
-
-
-def stored_quantisation(checkpoint: Path) -> Mapping[str, Any] | None:
-    """The `quantization_config` of a checkpoint, of its text model where that has one."""
-    whole = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-    found: Mapping[str, Any] | None = whole.get("quantization_config")
-    return found or whole.get("text_config", {}).get("quantization_config")
+    return read_quantization(checkpoint) or (str(asked) if asked else None)
 
 
 def _spread(num_layers: int) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from typing import Protocol
 from transformers import PreTrainedTokenizerBase
 
 from paceline.config.target import TargetConfig
-from paceline.errors import ConfigError
+from paceline.errors import ConfigError, TransportError
 from paceline.target.engines.document_engine import DocumentEngine
 from paceline.target.engines.heartbeat import Heartbeat
 from paceline.target.engines.outer_parts import OuterParts, load_outer_parts
@@ -104,7 +104,11 @@ def _start_vllm(
     with contextlib.closing(process):
         outer = load_outer_parts(config)  # while vLLM starts
         process.wait_until(lambda: is_ready(address), config.engine_start_timeout_s, stop)
-        with contextlib.closing(_documents_through(config, address, outer)) as engine:
+        try:
+            engine = _documents_through(config, address, outer)
+        except TransportError as error:
+            raise process.explain(error) from error
+        with contextlib.closing(engine):
             process.on_end(engine.lose)
             yield engine
 

@@ -20,6 +20,7 @@ from paceline.target.hf.loading import (
     load_config,
     load_model,
     load_tokenizer,
+    read_quantization,
     resolve_checkpoint,
     resolve_device,
 )
@@ -51,6 +52,8 @@ def load_outer_parts(config: TargetConfig) -> OuterParts:
     checkpoint = resolve_checkpoint(config.model, config.revision, config.trust_remote_code)
     whole = load_config(checkpoint, config.trust_remote_code).get_text_config(decoder=True)
     parts = find_parts(load_model(config, checkpoint, device, num_layers=1))
+    if read_quantization(checkpoint) is not None:
+        _fill(parts.layers)
     tokenizer = load_tokenizer(str(checkpoint), None, config.trust_remote_code)
     facts = build_target_info(config, checkpoint, replace(parts, config=whole), tokenizer)
     # An engine that puts requests together as they come computes other last bits each time.
@@ -59,6 +62,15 @@ def load_outer_parts(config: TargetConfig) -> OuterParts:
     capture = RowCapture(parts, info.logit_transform, "padded", config.vocab_chunk_tokens)
     del parts.layers[:]
     return OuterParts(info, norm, parts.lm_head, capture, device, tokenizer)
+
+
+@torch.no_grad()
+def _fill(layers: nn.Module) -> None:
+    """Ordinary numbers for a layer that is thrown away: packed weights taken for plain ones may overflow."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in layers.parameters():
+        numbers = torch.ones(1) if parameter.dim() < 2 else torch.randn(parameter.shape, generator=generator) * 0.02
+        parameter.copy_(numbers.expand(parameter.shape))
 
 
 @torch.no_grad()

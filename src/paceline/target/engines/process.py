@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from paceline.errors import StoppedError, TargetError
+from paceline.errors import PacelineError, StoppedError, TargetError
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +23,10 @@ _LOOK_EVERY_S = 0.2
 _LOG_EVERY_S = 30.0
 _END_S = 11.0
 """The guard takes 8 s at most."""
-_NUM_LOG_LINES = 15
+_NUM_LOG_LINES = 12
+_NUM_ERRORS = 5
+_NAMES_AN_ERROR = re.compile(r"\b\w*(Error|Exception)\b: ?\S|out of memory", re.IGNORECASE)
+_LAST_WORDS_S = 10.0
 
 
 class EngineProcess:
@@ -103,15 +107,24 @@ class EngineProcess:
         if self._ended.is_set() and not self._closing:
             call(self._describe_end("while it served"))
 
+    def explain(self, error: PacelineError) -> TargetError:
+        """What failed because of the engine, with the last lines of its log; it may end because of the same."""
+        if self._ended.wait(_LAST_WORDS_S):
+            return self._describe_end("at its first documents")
+        return TargetError(f"{error}\nThe last lines of the log of {self.name}:\n{self.tail()}")
+
     def tail(self) -> str:
-        """The last lines of its log."""
+        """The last lines of its log, after earlier ones that name errors."""
         if self._last_words is not None:
             return self._last_words
         try:
             text = self._log.read_text(errors="replace")
         except FileNotFoundError:  # it was ended by us, and removed
             return ""
-        return "\n".join(text.splitlines()[-_NUM_LOG_LINES:])
+        lines = text.splitlines()
+        # An engine's server ends after its core did, and only the core says why.
+        errors = [line for line in lines[:-_NUM_LOG_LINES] if _NAMES_AN_ERROR.search(line)]
+        return "\n".join([*errors[-_NUM_ERRORS:], *lines[-_NUM_LOG_LINES:]])
 
     def close(self) -> None:
         """End the engine and all its workers, and remove its directory. Safe to call twice."""

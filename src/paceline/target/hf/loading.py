@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,13 @@ def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bo
     except _LOAD_ERRORS as error:
         raise TargetError(f"no usable tokenizer in {directory}: {_short(error)}") from error
     return tokenizer
+
+
+def read_quantization(checkpoint: Path) -> Mapping[str, Any] | None:
+    """The `quantization_config` of a checkpoint, or of its text model; None of plain weights."""
+    whole = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    found: Mapping[str, Any] | None = whole.get("quantization_config")
+    return found or whole.get("text_config", {}).get("quantization_config")
 
 
 def load_model(

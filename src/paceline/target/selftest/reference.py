@@ -22,8 +22,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from paceline.errors import TargetError
 from paceline.target.selftest.texts import KnownTexts, build_texts
 
-_NUM_TOP = 2
-_TENSORS = ("layers", "final_hidden", "before_norm", "top_ids", "top_logits")
+_NUM_TOP = 16
+_TENSORS = ("layers", "final_hidden", "before_norm", "top_ids", "top_logits", "logit_spread")
+_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
+"""Names of a decoder's last norm."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,9 +39,11 @@ class Reference:
     before_norm: Tensor | None
     """[T, H]: output of layer N - 1; None where the final norm was not found."""
     top_ids: Tensor
-    """int64[T, 2]: the likeliest tokens."""
+    """int64[T, 16] (fewer of a tiny vocabulary): the likeliest tokens, the first first."""
     top_logits: Tensor
-    """fp32[T, 2]: their logits."""
+    """fp32[T, 16]: their logits."""
+    logit_spread: Tensor
+    """fp32[T]: standard deviation of all logits."""
     model: str
     """Name of the target."""
     fingerprint: str
@@ -58,8 +62,11 @@ class Reference:
         unfinished.replace(path)
 
 
-def load_reference(path: Path, fingerprint: str, texts: KnownTexts) -> Reference:
+def load_reference(path: Path, fingerprint: str | None, texts: KnownTexts) -> Reference:
     """A reference from a file.
+
+    Args:
+        fingerprint: of the weights it must be of; None takes any, as a quantised target has those of its original.
 
     Raises:
         TargetError: it cannot be read, or is of other weights or texts; both values are named.
@@ -75,7 +82,7 @@ def load_reference(path: Path, fingerprint: str, texts: KnownTexts) -> Reference
         ("weights", reference.fingerprint, fingerprint),
         ("texts", reference.text_hash, texts.text_hash()),
     ):
-        if theirs != ours:
+        if ours is not None and theirs != ours:
             raise TargetError(
                 f"the self-test's reference {path} is of {what} {theirs}, this target's are {ours}: make it anew with "
                 "`paceline doctor MODEL --save-reference`"
@@ -87,30 +94,30 @@ def load_reference(path: Path, fingerprint: str, texts: KnownTexts) -> Reference
 def observe(model: PreTrainedModel, texts: KnownTexts, fingerprint: str) -> Reference:
     """What a loaded model computes, a text at a time.
 
-    transformers' `hidden_states[i + 1]` is the output of layer i, but for the last, which is after the final norm.
+    transformers' `hidden_states[i + 1]` is the output of layer i, but for the last, which is after the final norm (in
+    a few classes before it: what the norm itself says counts, where it is found).
     """
     device = next(model.parameters()).device
-    layers, finals, before, ids, logits = [], [], [], [], []
-    with _last_outputs(model) as last:
+    seen: dict[str, list[Tensor]] = {name: [] for name in _TENSORS}
+    with _final_norm(model) as norm:
         for text in texts.documents:
             tokens = torch.from_numpy(text.tokens).long()[None].to(device)
             out = model(input_ids=tokens, output_hidden_states=True, use_cache=False)
-            layers.append(torch.stack([state[0].cpu() for state in out.hidden_states[1:-1]], 1))
-            finals.append(out.hidden_states[-1][0].cpu())
-            before += [last[-1][0].cpu()] if last else []
-            top = out.logits[0].float().topk(_NUM_TOP)
-            ids.append(top.indices.cpu())
-            logits.append(top.values.cpu())
+            logits = out.logits[0].float()
+            top = logits.topk(min(_NUM_TOP, logits.shape[-1]))
+            seen["layers"].append(torch.stack([state[0].cpu() for state in out.hidden_states[1:-1]], 1))
+            seen["final_hidden"].append((norm.pop("after") if norm else out.hidden_states[-1])[0].cpu())
+            seen["before_norm"] += [norm.pop("before")[0].cpu()] if norm else []
+            seen["top_ids"].append(top.indices.cpu())
+            seen["top_logits"].append(top.values.cpu())
+            seen["logit_spread"].append(logits.std(-1).cpu())
+    tensors = {name: torch.cat(parts) if parts else None for name, parts in seen.items()}
     return Reference(
-        layers=torch.cat(layers),
-        final_hidden=torch.cat(finals),
-        before_norm=torch.cat(before) if before else None,
-        top_ids=torch.cat(ids),
-        top_logits=torch.cat(logits),
+        **tensors,  # type: ignore[arg-type]  # before_norm alone may be None
         model=str(model.config._name_or_path),  # noqa: SLF001  # transformers has no other name for it
         fingerprint=fingerprint,
         text_hash=texts.text_hash(),
-        dtype=str(finals[0].dtype).removeprefix("torch."),
+        dtype=str(seen["final_hidden"][0].dtype).removeprefix("torch."),
     )
 
 
@@ -122,15 +129,17 @@ def cache_path(fingerprint: str, dtype: str, texts: KnownTexts) -> Path:
 
 
 @contextmanager
-def _last_outputs(model: PreTrainedModel) -> Iterator[list[Tensor]]:
-    """What goes into the final norm, for a diagnosis; nothing where there is no norm of a usual name."""
+def _final_norm(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
+    """What went into the final norm and came out of it in the last forward; nothing where none has a usual name."""
     body: Any = model.get_decoder() or model
-    norm = next((getattr(body, name) for name in ("norm", "final_layernorm", "ln_f") if hasattr(body, name)), None)
-    seen: list[Tensor] = []
+    norm = next((getattr(body, name) for name in _NORMS if hasattr(body, name)), None)
+    seen: dict[str, Tensor] = {}
     if not isinstance(norm, nn.Module):
         yield seen
         return
-    handle = norm.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
+    handle = norm.register_forward_hook(
+        lambda module, arguments, output: seen.update(before=arguments[0], after=output)
+    )
     try:
         yield seen
     finally:
@@ -140,12 +149,16 @@ def _last_outputs(model: PreTrainedModel) -> Iterator[list[Tensor]]:
 def main() -> None:
     """A process of its own, since a GPU may not hold two models: settings as JSON in, a file out."""
     settings = json.loads(sys.argv[1])
-    model = AutoModelForCausalLM.from_pretrained(
+    loader: Any = AutoModelForCausalLM  # transformers' types leave out what output_loading_info returns
+    model, report = loader.from_pretrained(
         settings["model"],
+        output_loading_info=True,
         dtype=settings["dtype"],
         trust_remote_code=settings["trust_remote_code"],
         device_map={"": settings["device"]} if settings["quantised"] else None,
     )
+    if report["missing_keys"]:  # transformers would go on with random numbers
+        sys.exit(f"{settings['model']} lacks {sorted(report['missing_keys'])[:3]}")
     if not settings["quantised"]:
         model.to(settings["device"])
     texts = build_texts(settings["num_tokenizer_tokens"])

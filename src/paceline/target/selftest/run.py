@@ -40,8 +40,9 @@ class SelfTestResult:
 
     lines: tuple[SelfTestLine, ...]
     num_wrong_tokens: int
-    """Greedy tokens that differ where the reference is sure."""
-    num_tokens: int
+    """Greedy tokens that the distance of the states does not explain."""
+    num_judged_tokens: int
+    """Of all; where many tokens are alike to the reference, nothing can be said."""
     repeats_are_equal: bool
     """Whether the same row came twice with the same bits; nothing depends on it."""
     tolerance: Tolerance
@@ -64,7 +65,7 @@ class SelfTestResult:
         repeats = "bit-equal" if self.repeats_are_equal else "different in the last bits"
         return [
             *shown,
-            f"greedy tokens: {self.num_wrong_tokens} of {self.num_tokens} differ; repeats: {repeats}",
+            f"greedy tokens: {self.num_wrong_tokens} of {self.num_judged_tokens} wrong; repeats: {repeats}",
             f"{self.tolerance}; transformers in {self.reference_dtype}",
         ]
 
@@ -87,7 +88,7 @@ def run_selftest(
     for again in (False, True):  # the second time is asked for when the first is answered: caches know it then
         rows = [one for one in captures if one.again == again]
         asked = [(one, engine.capture(_request(texts, one, num_axes), spec)) for one in rows]
-        answers += [Answer(capture, _answer(capture, future)) for capture, future in asked]
+        answers += [Answer(capture, _answer(texts, capture, spec, future)) for capture, future in asked]
     comparison = Comparison(texts, reference, layers, answers)
     worst = [comparison.worst(what) for what in comparison.whats]
     lines = [
@@ -100,11 +101,11 @@ def run_selftest(
         )
         for one in worst
     ]
-    wrong, compared = comparison.wrong_tokens(tolerance.relative)
+    wrong, judged = comparison.wrong_tokens()
     return SelfTestResult(
         tuple(lines),
         wrong,
-        compared,
+        judged,
         comparison.repeats_are_equal(),
         tolerance,
         reference.dtype,
@@ -124,8 +125,17 @@ def _request(texts: KnownTexts, capture: Capture, num_axes: int) -> RowRequest:
     )
 
 
-def _answer(capture: Capture, future: Future[Features]) -> Features:
+def _answer(texts: KnownTexts, capture: Capture, spec: FeatureSpec, future: Future[Features]) -> Features:
     try:
-        return future.result(_ANSWER_S)
+        features = future.result(_ANSWER_S)
     except TimeoutError:
         raise TargetError(f"the engine did not answer within {_ANSWER_S:.0f} s to the self-test ({capture})") from None
+    num_tokens = sum(len(texts.documents[document].tokens) for document in capture.documents)
+    received = {name: len(tensor) for name, tensor in features.tensors().items()}
+    if set(received.values()) != {num_tokens} or features.layers != spec.layers:
+        names = ", ".join(texts.documents[document].name for document in capture.documents)
+        raise TargetError(
+            f"the engine answered {received} rows of layers {list(features.layers)} to {num_tokens} tokens ({names}; "
+            f"{capture}) and layers {list(spec.layers)}: does it keep prefixes in a cache, or compute chunks?"
+        )
+    return features
