@@ -19,12 +19,17 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.distributed import DistributedConfig  # type: ignore[attr-defined]  # loaded lazily
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from paceline.config.target import TargetConfig
 from paceline.errors import OutOfMemoryError, TargetError
@@ -32,6 +37,8 @@ from paceline.target.hf.stored_tensors import read_tensor_table
 
 logger = logging.getLogger(__name__)
 
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""transformers' names of how many experts a layer has."""
 _WEIGHTS = "*.safetensors"
 _HUB_PATTERNS = ["*.json", _WEIGHTS, "*.model", "*.txt", "*.jinja", "*.tiktoken"]
 _HUB_IGNORED = ["original/*", "consolidated*"]
@@ -178,7 +185,7 @@ def load_model(
         options["device_map"] = config.device_map
     elif num_layers is None and getattr(whole, "quantization_config", None) is not None:
         options["device_map"] = {"": device}  # quantised weights are placed while they are read
-    loader: Any = AutoModelForCausalLM  # transformers' types leave out what output_loading_info returns
+    loader: Any = _loader(whole)  # transformers' types leave out what output_loading_info returns
     model: PreTrainedModel
     try:
         with _without_report() if num_layers is not None else contextlib.nullcontext():
@@ -219,6 +226,14 @@ def _without_report() -> Iterator[None]:
         transformers_log.setLevel(level)
 
 
+def _loader(whole: PretrainedConfig) -> type:
+    """Who loads it: some models that see pictures (Mistral Small 3) are known as such only."""
+    kind = whole.model_type
+    if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
+
+
 def _cut_layers(whole: PretrainedConfig, num_layers: int) -> PretrainedConfig:
     if getattr(whole, "quantization_config", None) is not None:
         del whole.quantization_config
@@ -236,7 +251,7 @@ def find_parts(model: PreTrainedModel) -> ModelParts:
         TargetError: an architecture laid out in another way.
     """
     config = model.config.get_text_config(decoder=True)
-    body = model.get_decoder()
+    body: Any = _find_body(model)  # transformers has no type for what all bodies can
     num_layers = config.num_hidden_layers
     lists = [child for child in body.children() if isinstance(child, nn.ModuleList) and len(child) == num_layers]
     if len(lists) != 1:
@@ -250,6 +265,20 @@ def find_parts(model: PreTrainedModel) -> ModelParts:
     embedding = body.get_input_embeddings()
     state_dtype, vocab_size = _probe_states(body, embedding)
     return ModelParts(model, body, lists[0], embedding, lm_head, config, state_dtype, vocab_size)
+
+
+def _find_body(model: PreTrainedModel) -> nn.Module:
+    body: nn.Module = model.get_decoder()
+    if body is not model:
+        return body
+    # Llama 4 gives itself: its body is not where transformers looks for it.
+    inside = [child for child in model.children() if isinstance(child, PreTrainedModel)]
+    if len(inside) != 1:
+        raise TargetError(
+            f"{type(model).__name__} has {len(inside)} models inside, expected exactly one (all but the lm_head): this "
+            "architecture cannot be captured"
+        )
+    return inside[0]
 
 
 @torch.no_grad()
