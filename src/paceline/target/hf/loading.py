@@ -177,8 +177,8 @@ def load_model(
     options: dict[str, Any] = {"dtype": config.dtype, "trust_remote_code": config.trust_remote_code}
     if num_layers is not None:
         options["config"] = _cut_layers(copy.deepcopy(whole), num_layers)
-    if config.attention != "auto":
-        options["attn_implementation"] = config.attention
+    if (attention := _attention(config, whole)) is not None:
+        options["attn_implementation"] = attention
     if config.tensor_parallel > 1:
         options["distributed_config"] = DistributedConfig(tp_size=config.tensor_parallel)
     elif config.device_map is not None:
@@ -224,6 +224,23 @@ def _without_report() -> Iterator[None]:
         yield
     finally:
         transformers_log.setLevel(level)
+
+
+def _attention(config: TargetConfig, whole: PretrainedConfig) -> str | None:
+    """transformers' implementation; None leaves it to transformers.
+
+    Raises:
+        TargetError: sdpa for scores with a soft cap, which transformers (before 5.23) leaves out without a word.
+    """
+    cap = getattr(whole.get_text_config(decoder=True), "attn_logit_softcapping", None)
+    if cap is None:
+        return None if config.attention == "auto" else config.attention
+    if config.attention == "sdpa":
+        raise TargetError(
+            f'target.attention = "sdpa" leaves out the soft cap of {cap} on attention scores of {config.model} '
+            f'({whole.model_type}): use "eager", or "flex_attention" on a GPU'
+        )
+    return "eager" if config.attention == "auto" else config.attention
 
 
 def _loader(whole: PretrainedConfig) -> type:
