@@ -18,7 +18,7 @@ from paceline.target.hf.engine import HFEngine
 from paceline.target.hf.loading import find_parts
 from paceline.target.hf.selftest import choose_layout
 from paceline.target.hf.weights import CheckpointWeights
-from tiny import save_nested_tiny_target, save_tiny_target, tiny_request
+from tiny import save_nested_tiny_target, save_tiny_target, tiny_config, tiny_request
 
 ROOT = Path(__file__).resolve().parents[2]
 LENGTHS = (9, 1, 70, 23)
@@ -114,6 +114,10 @@ def test_the_table_of_tried_architectures_is_true(target: Path):
     assert row["documents"] == {"documents": "packed", "padded": "padded"}[layout]
     assert row["logits"] == shown_logits(info)
     assert row["embedding"] == ("scaled" if info.embedding_scale != 1.0 else "-")
+
+
+def test_the_table_names_nothing_that_no_test_holds():
+    assert documented().keys() == {tiny_config(architecture).model_type for architecture in ARCHITECTURES}
 
 
 def test_logits_rebuilt_from_checkpoint_rows_are_those_of_transformers(target: Path):
