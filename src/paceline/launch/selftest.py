@@ -20,8 +20,8 @@ from paceline.errors import TargetError
 from paceline.target.engines.process import EngineProcess, private_directory
 from paceline.target.hf.engine import HFEngine
 from paceline.target.hf.fingerprint import fingerprint_weights
-from paceline.target.hf.info import EXPERT_COUNTS, count_tokenizer_tokens
-from paceline.target.hf.loading import load_config, load_tokenizer, resolve_checkpoint, resolve_device
+from paceline.target.hf.info import count_tokenizer_tokens
+from paceline.target.hf.loading import EXPERT_COUNTS, load_config, load_tokenizer, resolve_checkpoint, resolve_device
 from paceline.target.hf.stored_tensors import read_tensor_table
 from paceline.target.opening import ServedEngine
 from paceline.target.selftest.reference import Reference, cache_path, load_reference, observe

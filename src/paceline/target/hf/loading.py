@@ -230,7 +230,7 @@ def _attention(config: TargetConfig, whole: PretrainedConfig) -> str | None:
     """transformers' implementation; None leaves it to transformers.
 
     Raises:
-        TargetError: sdpa for scores with a soft cap, which transformers (before 5.23) leaves out without a word.
+        TargetError: sdpa for scores with a soft cap, which transformers 5.17 leaves out without a word.
     """
     cap = getattr(whole.get_text_config(decoder=True), "attn_logit_softcapping", None)
     if cap is None:
