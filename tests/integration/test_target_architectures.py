@@ -93,7 +93,11 @@ def documented() -> dict[str, dict[str, str]]:
     lines = (ROOT / "docs" / "targets.md").read_text().splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     header = next(row for row in rows if row[0] == "`model_type`")
-    return {row[0].strip("`"): dict(zip(header, row, strict=True)) for row in rows if row[0].startswith("`")}
+    return {
+        row[0].strip("`"): dict(zip(header, row, strict=True))
+        for row in rows
+        if row[0].startswith("`") and row is not header
+    }
 
 
 def shown_logits(info: TargetInfo) -> str:
