@@ -10,19 +10,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
-    CohereConfig,
-    Gemma2Config,
-    GraniteConfig,
-    LlamaConfig,
     PretrainedConfig,
     PreTrainedTokenizerFast,
-    Qwen3_5Config,
-    Qwen3_5ForConditionalGeneration,
-    Qwen3_5TextConfig,
-    Qwen3Config,
-    Qwen3MoeConfig,
 )
 
+from architectures import ABSENT, ARCHITECTURES, NESTED
 from paceline.schema.rows import RowRequest
 
 VOCAB_SIZE = 300
@@ -32,33 +24,6 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 _SPECIAL = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|tool|>"]
-
-_ARCHITECTURES: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
-    "llama": (LlamaConfig, {}),
-    "qwen3": (Qwen3Config, {}),
-    "qwen3_moe": (Qwen3MoeConfig, {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}),
-    # Hybrid: three layers of linear attention, then one of full attention.
-    "qwen3_5": (
-        Qwen3_5TextConfig,
-        {
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 4,
-            "linear_key_head_dim": 8,
-            "linear_value_head_dim": 8,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 10000.0,
-                "partial_rotary_factor": 1.0,
-                "mrope_section": [2, 1, 1],
-                "mrope_interleaved": True,
-            },
-        },
-    ),
-    # Caps small enough to bend the logits of tiny random weights.
-    "gemma2": (Gemma2Config, {"final_logit_softcapping": 3.0, "sliding_window": 6, "query_pre_attn_scalar": 8}),
-    "cohere": (CohereConfig, {"logit_scale": 0.25}),
-    "granite": (GraniteConfig, {"logits_scaling": 4.0, "embedding_multiplier": 6.0}),
-}
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -74,7 +39,12 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_config(architecture: str = "qwen3", **changes: Any) -> PretrainedConfig:
-    """A configuration with 4 layers, hidden 32, 4 heads of 8, 2 kv heads; `architecture` is a key of _ARCHITECTURES."""
+    """A configuration with 4 layers, hidden 32, 4 heads of 8 and 2 kv heads, unless the architecture says
+    otherwise.
+
+    Args:
+        architecture: a key of `ARCHITECTURES`.
+    """
     shapes: dict[str, Any] = {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": 32,
@@ -88,9 +58,10 @@ def tiny_config(architecture: str = "qwen3", **changes: Any) -> PretrainedConfig
         "bos_token_id": None,
         "eos_token_id": 256,
         "dtype": "float32",
-    } | changes
-    config_class, own = _ARCHITECTURES[architecture]
-    return config_class(**(own | shapes))
+    }
+    config_class, own = ARCHITECTURES[architecture]
+    settings = {name: value for name, value in (shapes | own | changes).items() if value is not ABSENT}
+    return config_class(**settings)
 
 
 def save_tiny_target(path: Path, architecture: str = "qwen3", seed: int = 0, **changes: Any) -> Path:
@@ -106,19 +77,15 @@ def save_tiny_target(path: Path, architecture: str = "qwen3", seed: int = 0, **c
     return path
 
 
-def save_nested_tiny_target(path: Path, seed: int = 0) -> Path:
-    """Write a Qwen3.5 whose text model is nested in one that also sees: `text_config`, `model.language_model.*`."""
+def save_nested_tiny_target(path: Path, kind: str = "qwen3_5", seed: int = 0) -> Path:
+    """Write a model that also sees, its text model nested in it (`text_config`, `model.language_model.*`).
+
+    Args:
+        kind: a key of `NESTED`.
+    """
     torch.manual_seed(seed)
-    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
-    config = Qwen3_5Config(
-        text_config=tiny_config("qwen3_5").to_dict(),
-        vision_config=vision | {"patch_size": 4, "num_position_embeddings": 16},
-        image_token_id=290,
-        video_token_id=291,
-        vision_start_token_id=292,
-        vision_end_token_id=293,
-    )
-    Qwen3_5ForConditionalGeneration(config).save_pretrained(path)
+    model_class, config_class, architecture, rest = NESTED[kind]
+    model_class(config_class(text_config=tiny_config(architecture).to_dict(), **rest)).save_pretrained(path)
     tiny_tokenizer().save_pretrained(path)
     return path
 

@@ -156,6 +156,29 @@ def test_greedy_output_equals_generate_whatever_the_draft_proposes(
 
 
 @pytest.mark.parametrize("kind", ["random", "oracle", "sometimes right"])
+def test_a_text_that_outgrows_a_length_of_longrope_is_read_anew(kind: str, prompts: list[Prompt]) -> None:
+    """From 33 tokens on Phi-3 turns the whole text by other frequencies: a forward without a cache says how."""
+    torch.manual_seed(1)
+    target = SteppingTarget(lively(AutoModelForCausalLM.from_config(tiny_config("phi3"))))
+    guess = guesses_of(kind, target)
+    for prompt in prompts:
+        assert len(prompt.tokens) <= 32 < len(prompt.tokens) + NEW_TOKENS
+        draft = TextDraft(prompt.tokens[0], guess)
+        decoded = decode_with_draft(target, draft, LAYERS, prompt.tensor(), NEW_TOKENS)
+        text = torch.tensor([[*prompt.tokens, *decoded.tokens]])
+        with torch.no_grad():
+            short = target.model(text[:, :32], output_hidden_states=True)
+            whole = target.model(text, output_hidden_states=True)
+        logits = torch.cat([short.logits[0], whole.logits[0, 32:]])
+        assert decoded.tokens == logits.argmax(-1)[len(prompt.tokens) - 1 : -1].tolist()
+        expected = torch.cat(
+            [torch.cat([short.hidden_states[i + 1][0], whole.hidden_states[i + 1][0, 32:]]) for i in LAYERS], dim=-1
+        )
+        torch.testing.assert_close(draft.seen, expected[: len(draft.seen)], rtol=1e-4, atol=1e-4)
+        assert len(draft.seen) > 32
+
+
+@pytest.mark.parametrize("kind", ["random", "oracle", "sometimes right"])
 def test_decoding_and_the_walk_over_its_text_take_the_same_steps(
     kind: str, target: SteppingTarget, prompts: list[Prompt]
 ) -> None:

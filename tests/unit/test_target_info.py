@@ -1,6 +1,7 @@
 """TargetInfo: facts read from configuration and tokenizer, and proved on the model."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from paceline.config.target import TargetConfig
 from paceline.errors import TargetError
 from paceline.schema.target_info import LogitTransform, RopeInfo, TargetInfo
-from paceline.target.hf.info import build_target_info, read_logit_transform, read_rope
+from paceline.target.hf.info import build_target_info, dense_mlp_width, read_heads, read_logit_transform, read_rope
 from paceline.target.hf.loading import find_parts, load_model, load_tokenizer
 from paceline.target.hf.selftest import check_logits, measure_embedding_scale
 from tiny import save_tiny_target, tiny_config, tiny_tokenizer
@@ -52,13 +53,69 @@ def test_a_window_that_no_layer_uses_is_not_reported(tmp_path: Path):
 
 @pytest.mark.parametrize("rope_type", ["llama3", "yarn", "linear"])
 def test_known_rope_scaling_is_kept(rope_type: str):
-    scaling = {"rope_type": rope_type, "factor": 4.0, "original_max_position_embeddings": 1024}
+    scaling: dict[str, Any] = {"rope_type": rope_type, "factor": 4.0}
+    if rope_type != "linear":
+        scaling["original_max_position_embeddings"] = 1024
     if rope_type == "llama3":
         scaling |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
     rope = read_rope(tiny_config("llama", rope_parameters=scaling | {"rope_theta": 5e5}))
-    assert rope.theta == 5e5
-    assert rope.scaling is not None
-    assert scaling.items() <= rope.scaling.items()
+    assert rope == RopeInfo(theta=5e5, scaling=scaling)
+
+
+def test_fields_that_engines_read_in_different_ways_are_left_out_of_the_scaling():
+    """mscale takes the scale off attention in transformers and not in vLLM, truncate is unknown to SGLang."""
+    kept = {"rope_type": "yarn", "factor": 40.0, "beta_fast": 32.0, "original_max_position_embeddings": 128}
+    odd = {"mscale": 1.0, "mscale_all_dim": 1.0, "attention_factor": 1.0, "truncate": False}
+    config = tiny_config("llama")
+    config.rope_parameters = kept | odd | {"rope_theta": 1e4}
+    assert read_rope(config) == RopeInfo(theta=1e4, scaling=kept)
+
+
+def test_a_yarn_without_a_factor_is_not_kept():
+    config = tiny_config("llama")
+    config.rope_parameters = {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 128}
+    assert read_rope(config).scaling is None
+
+
+def test_longrope_leaves_theta_alone():
+    assert read_rope(tiny_config("phi3")) == RopeInfo(theta=10000.0)
+
+
+def test_of_two_ropes_a_draft_takes_that_of_full_attention():
+    scaling = {"rope_type": "linear", "factor": 8.0}
+    assert read_rope(tiny_config("gemma3")) == RopeInfo(theta=1e6, scaling=scaling)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "expected"),
+    [
+        ("qwen2", {}, (4, 2, 8)),
+        ("mistral", {"hidden_size": 48}, (4, 2, 12)),
+        ("llama", {"head_dim": 16}, (4, 2, 16)),
+        # Latent attention: neither the 4 rotated numbers of a key nor a key/value head for each head.
+        ("deepseek_v3", {"v_head_dim": 16}, (4, 4, 16)),
+        ("deepseek_v3", {"num_attention_heads": 24, "num_key_value_heads": 24}, (24, 8, 8)),
+        ("deepseek_v3", {"num_attention_heads": 20, "num_key_value_heads": 20}, (20, 4, 8)),
+    ],
+)
+def test_heads_are_those_a_draft_may_copy(architecture: str, changes: dict[str, int], expected: tuple[int, int, int]):
+    assert read_heads(tiny_config(architecture, **changes)) == expected
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "width"),
+    [
+        ("llama", {}, 64),
+        ("qwen3_moe", {}, None),
+        ("gpt_oss", {}, None),
+        ("deepseek_v3", {}, 64),
+        ("glm4_moe", {"first_k_dense_replace": 0}, None),
+        ("llama4_text", {"intermediate_size_mlp": 80}, 80),
+        ("llama4_text", {"interleave_moe_layer_step": 1}, None),
+    ],
+)
+def test_the_mlp_width_is_that_of_layers_without_experts(architecture: str, changes: dict[str, int], width: int | None):
+    assert dense_mlp_width(tiny_config(architecture, **changes)) == width
 
 
 def test_what_a_draft_may_not_copy_is_left_out_of_the_scaling():

@@ -56,11 +56,31 @@ def test_a_tied_lm_head_is_the_embeddings_storage(tmp_path: Path):
     assert weights.lm_head().data_ptr() == weights.embedding().data_ptr()
 
 
-def test_a_nested_text_model_is_found(tmp_path: Path):
-    save_nested_tiny_target(tmp_path)
+@pytest.mark.parametrize(
+    ("kind", "embedding", "lm_head"),
+    [
+        ("qwen3_5", "model.language_model.embed_tokens.weight", "lm_head.weight"),
+        ("gemma3", "language_model.model.embed_tokens.weight", "language_model.model.embed_tokens.weight"),
+        ("llama4", "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"),
+        ("mistral3", "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"),
+    ],
+)
+def test_a_nested_text_model_is_found(tmp_path: Path, kind: str, embedding: str, lm_head: str):
+    save_nested_tiny_target(tmp_path, kind)
     tensors = load_file(tmp_path / "model.safetensors")
     weights = read(tmp_path)
-    assert torch.equal(weights.embedding(), tensors["model.language_model.embed_tokens.weight"])
+    assert torch.equal(weights.embedding(), tensors[embedding])
+    assert torch.equal(weights.lm_head(), tensors[lm_head])
+
+
+@pytest.mark.parametrize("architecture", ["deepseek_v3", "glm4_moe"])
+def test_copies_in_layers_that_predict_further_tokens_are_passed_over(tmp_path: Path, architecture: str):
+    save_tiny_target(tmp_path, architecture)
+    tensors = load_file(tmp_path / "model.safetensors")
+    copies = ("model.layers.4.embed_tokens.weight", "model.layers.4.shared_head.head.weight")
+    save_file(tensors | {name: torch.zeros(300, 32) for name in copies}, tmp_path / "model.safetensors")
+    weights = read(tmp_path)
+    assert torch.equal(weights.embedding(), tensors["model.embed_tokens.weight"])
     assert torch.equal(weights.lm_head(), tensors["lm_head.weight"])
 
 

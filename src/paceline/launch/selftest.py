@@ -21,8 +21,9 @@ from paceline.errors import TargetError
 from paceline.target.engines.process import EngineProcess, private_directory
 from paceline.target.hf.engine import HFEngine
 from paceline.target.hf.fingerprint import fingerprint_weights
-from paceline.target.hf.info import EXPERT_COUNTS, count_tokenizer_tokens
+from paceline.target.hf.info import count_tokenizer_tokens
 from paceline.target.hf.loading import (
+    EXPERT_COUNTS,
     load_config,
     load_tokenizer,
     read_quantization,

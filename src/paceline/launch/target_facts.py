@@ -18,7 +18,7 @@ from paceline.launch.trained import recall_target
 from paceline.schema.features import FeatureSpec, merge_specs
 from paceline.schema.layout import ELEMENT_BYTES
 from paceline.schema.target_info import RopeInfo, TargetInfo
-from paceline.target.hf.info import choose_mask_token, dense_mlp_width
+from paceline.target.hf.info import choose_mask_token, dense_mlp_width, read_heads
 from paceline.target.hf.loading import load_config, load_tokenizer, resolve_checkpoint
 
 
@@ -133,16 +133,16 @@ def _outline(target: TargetConfig) -> TargetInfo:
     """The sizes of a target that nobody has loaded yet; what only loading can tell is left empty."""
     text = text_config(target)
     dtype = target.dtype if target.dtype != "auto" else str(text.dtype or "float32")
-    heads = int(text.num_attention_heads)
+    num_heads, num_kv_heads, head_dim = read_heads(text)
     return TargetInfo(
         name=target.model,
         model_type=text.model_type,
         num_layers=text.num_hidden_layers,
         hidden_size=text.hidden_size,
         intermediate_size=dense_mlp_width(text),
-        num_heads=heads,
-        num_kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
         vocab_size=text.vocab_size,
         num_tokenizer_tokens=0,  # no id is known to be text: a draft's mask token may be any
         norm_eps=1e-6,

@@ -22,7 +22,7 @@ from paceline.launch.target_facts import text_config
 from paceline.schema.features import FeatureSpec
 from paceline.schema.layout import ELEMENT_BYTES
 from paceline.schema.target_info import TargetInfo
-from paceline.target.hf.info import EXPERT_COUNTS
+from paceline.target.hf.loading import EXPERT_COUNTS
 
 _STATE_BYTES = 16
 """fp32 of each draft weight: master, two moments, gradient."""

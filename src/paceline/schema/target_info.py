@@ -27,7 +27,7 @@ class RopeInfo(BaseModel):
 
     theta: float = 10000.0
     scaling: dict[str, Any] | None = None
-    """Only llama3, yarn or linear scaling is kept; None otherwise."""
+    """Only llama3, yarn or linear scaling is kept, and of them what all engines read alike; None otherwise."""
 
 
 class TargetInfo(BaseModel):
@@ -43,10 +43,12 @@ class TargetInfo(BaseModel):
     num_layers: int
     hidden_size: int
     intermediate_size: int | None
-    """None for a target without a dense MLP (MoE)."""
+    """None for a target without a dense MLP (experts in every layer)."""
     num_heads: int
     num_kv_heads: int
+    """As a draft may copy it: 8 (or a divisor) for latent attention, which has none of its own."""
     head_dim: int
+    """Of values, where keys are wider."""
     vocab_size: int
     """V: rows of the embedding, padding rows included."""
     num_tokenizer_tokens: int

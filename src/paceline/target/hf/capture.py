@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from paceline.errors import TargetError
 from paceline.schema.features import FeatureSpec
@@ -56,6 +57,7 @@ class RowCapture:
         self._device = parts.device
         self._dtype = parts.state_dtype
         self._hidden_size = int(parts.config.hidden_size)
+        self._rope_lengths = rope_lengths(parts.config)
 
     def __call__(self, request: RowRequest, spec: FeatureSpec) -> dict[str, Tensor]:
         """The tensors of Features by name, without waiting for the device; "finite" is bool[] on the device.
@@ -73,7 +75,7 @@ class RowCapture:
         for forward in self._passes(request):
             with self._keeping(spec.layers, hidden, forward.put):
                 states = _states(self._parts.body(use_cache=False, **forward.arguments))
-            if self._layout != "padded":
+            if forward.put is _put_whole_row:
                 final = states[0]
             elif spec.final_hidden != "none" or spec.greedy or spec.logsumexp:
                 final = self._empty(num_tokens, self._hidden_size) if final is None else final
@@ -114,28 +116,38 @@ class RowCapture:
                 handle.remove()
 
     def _passes(self, request: RowRequest) -> Iterator[_Pass]:
-        if self._layout == "padded":
-            yield from self._padded_passes(request)
-            return
+        starts, lengths = request.documents[:-1], np.diff(request.documents)
+        for group in documents_of_one_rope(lengths, self._rope_lengths):
+            if self._layout == "padded":
+                for batch in batches_of_similar_length(lengths[group]):
+                    yield self._padded_pass(request.tokens, starts[group[batch]], lengths[group[batch]])
+            elif len(group) == len(lengths):
+                yield self._packed_pass(request, slice(None), request.documents, _put_whole_row)
+            else:
+                inside = np.repeat(np.isin(np.arange(len(lengths)), group), lengths)
+                in_row = self._to_device(np.flatnonzero(inside))
+                bounds = np.concatenate([[0], np.cumsum(lengths[group])]).astype(np.int32)
+                put = partial(_put_documents, torch.arange(len(in_row), device=in_row.device), in_row)
+                yield self._packed_pass(request, inside, bounds, put)
+
+    def _packed_pass(self, request: RowRequest, inside: slice | np.ndarray, documents: np.ndarray, put: Put) -> _Pass:
         arguments: dict[str, Any] = {
-            "input_ids": self._to_device(request.tokens)[None],
-            "position_ids": self._to_device(request.positions[0])[None],
+            "input_ids": self._to_device(request.tokens[inside])[None],
+            "position_ids": self._to_device(request.positions[0][inside])[None],
         }
         if self._layout == "documents":
-            arguments |= packed_arguments(request.documents, self._device)
-        yield _Pass(arguments, _put_whole_row)
+            arguments |= packed_arguments(documents, self._device)
+        return _Pass(arguments, put)
 
-    def _padded_passes(self, request: RowRequest) -> Iterator[_Pass]:
+    def _padded_pass(self, row_tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> _Pass:
         # No mask is needed: a causal model reads nothing to the right, where the padding is.
-        starts, lengths = request.documents[:-1], np.diff(request.documents)
-        for batch in batches_of_similar_length(lengths):
-            longest = int(lengths[batch].max())
-            inside = np.arange(longest)[None] < lengths[batch, None]
-            tokens = np.zeros(inside.shape, np.int64)
-            in_row = (starts[batch, None] + np.arange(longest)[None])[inside]
-            tokens[inside] = request.tokens[in_row]
-            put = partial(_put_documents, self._to_device(np.flatnonzero(inside)), self._to_device(in_row))
-            yield _Pass({"input_ids": self._to_device(tokens)}, put)
+        longest = int(lengths.max())
+        inside = np.arange(longest)[None] < lengths[:, None]
+        tokens = np.zeros(inside.shape, np.int64)
+        in_row = (starts[:, None] + np.arange(longest)[None])[inside]
+        tokens[inside] = row_tokens[in_row]
+        put = partial(_put_documents, self._to_device(np.flatnonzero(inside)), self._to_device(in_row))
+        return _Pass({"input_ids": self._to_device(tokens)}, put)
 
     def _vocabulary_features(self, final: Tensor, spec: FeatureSpec) -> dict[str, Tensor]:
         """Greedy tokens and logsumexp, `vocab_chunk_tokens` tokens at a time: logits [T, V] never exist."""
@@ -176,6 +188,26 @@ class RowCapture:
             # A copy from pageable memory would wait for everything queued on the stream.
             return tensor.pin_memory().to(self._device, non_blocking=True)
         return tensor
+
+
+def rope_lengths(text: PretrainedConfig) -> tuple[int, ...]:
+    """Lengths beyond which a text is turned by other frequencies as a whole (longrope: Phi-3, Phi-4), ascending."""
+    parameters = getattr(text, "rope_parameters", None) or {}
+    one_a_kind = [value for value in parameters.values() if isinstance(value, dict)]
+    found = {
+        int(each["original_max_position_embeddings"])
+        for each in one_a_kind or [parameters]
+        if each.get("rope_type") == "longrope"
+    }
+    return tuple(sorted(found))
+
+
+def documents_of_one_rope(lengths: np.ndarray, bounds: tuple[int, ...]) -> list[np.ndarray]:
+    """Documents that may share a forward: the model takes the frequencies of the longest for all that are in it."""
+    if not bounds:
+        return [np.arange(len(lengths))]
+    kind = np.searchsorted(np.asarray(bounds), lengths)
+    return [np.flatnonzero(kind == each) for each in np.unique(kind)]
 
 
 def batches_of_similar_length(lengths: np.ndarray) -> list[np.ndarray]:

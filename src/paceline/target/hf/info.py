@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,19 @@ from paceline.config.target import TargetConfig
 from paceline.errors import TargetError
 from paceline.schema.target_info import LogitTransform, RopeInfo, TargetInfo
 from paceline.target.hf.fingerprint import fingerprint_tokenizer, fingerprint_weights
-from paceline.target.hf.loading import ModelParts
+from paceline.target.hf.loading import EXPERT_COUNTS, ModelParts
 from paceline.target.hf.selftest import check_logits, measure_embedding_scale
 
-_KEPT_ROPE_TYPES = ("llama3", "yarn", "linear")
-_NEVER_COPIED = ("partial_rotary_factor", "mrope_section", "mrope_interleaved")
-EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_KEPT_ROPE_FIELDS = {
+    "linear": {"factor"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+    "yarn": {"factor", "beta_fast", "beta_slow", "original_max_position_embeddings"},
+}
+"""What transformers, vLLM and SGLang compute the same frequencies and the same scale of attention from. Of yarn's other
+fields (mscale, mscale_all_dim, attention_factor, truncate) each reads some: a draft that had them would be served
+otherwise than it was trained."""
+_LATENT_KV_HEADS = 8
+"""Key/value heads of a draft for a target with latent attention, as published drafts for such targets have."""
 _NORM_EPS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")
 _SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
@@ -33,7 +41,7 @@ def build_target_info(
     text = parts.config
     transform = read_logit_transform(text, has_bias=getattr(parts.lm_head, "bias", None) is not None)
     check_logits(parts, transform)
-    num_heads = int(text.num_attention_heads)
+    num_heads, num_kv_heads, head_dim = read_heads(text)
     num_tokenizer_tokens = count_tokenizer_tokens(tokenizer)
     if num_tokenizer_tokens > parts.vocab_size:
         raise TargetError(
@@ -47,8 +55,8 @@ def build_target_info(
         hidden_size=text.hidden_size,
         intermediate_size=dense_mlp_width(text),
         num_heads=num_heads,
-        num_kv_heads=getattr(text, "num_key_value_heads", None) or num_heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
         vocab_size=parts.vocab_size,
         num_tokenizer_tokens=num_tokenizer_tokens,
         norm_eps=next((float(v) for v in (getattr(text, name, None) for name in _NORM_EPS) if v is not None), 1e-6),
@@ -78,17 +86,34 @@ def read_logit_transform(text: PretrainedConfig, has_bias: bool = False) -> Logi
 
 
 def read_rope(text: PretrainedConfig) -> RopeInfo:
-    """Theta and, for llama3, yarn and linear, the scaling; of full attention where layer types differ."""
+    """Theta and, for llama3, yarn and linear, the scaling; of full attention where layer types differ.
+
+    A draft turns whole heads by one position a token: partial and multimodal rotation are not copied.
+    """
     parameters: dict[str, Any] = dict(getattr(text, "rope_parameters", None) or {})
     for layer_type in ("full_attention", "sliding_attention"):
         if isinstance(parameters.get(layer_type), dict):  # one set a layer type (Gemma 3)
             parameters = dict(parameters[layer_type])
             break
-    theta = parameters.pop("rope_theta", None) or getattr(text, "rope_theta", None) or 10000.0
-    # A draft turns whole heads, and sees one position a token.
-    parameters = {key: value for key, value in parameters.items() if key not in _NEVER_COPIED}
-    scaled = parameters.get("rope_type") in _KEPT_ROPE_TYPES
-    return RopeInfo(theta=float(theta), scaling=parameters if scaled else None)
+    theta = parameters.get("rope_theta") or getattr(text, "rope_theta", None) or 10000.0
+    kind = parameters.get("rope_type")
+    if kind not in _KEPT_ROPE_FIELDS or parameters.get("factor") is None:
+        return RopeInfo(theta=float(theta))
+    kept = {name: parameters[name] for name in _KEPT_ROPE_FIELDS[kind] & parameters.keys()}
+    return RopeInfo(theta=float(theta), scaling={"rope_type": kind} | {name: kept[name] for name in sorted(kept)})
+
+
+def read_heads(text: PretrainedConfig) -> tuple[int, int, int]:
+    """(heads, key/value heads, width of a head) of the attention.
+
+    Latent attention (DeepSeek) has no key/value heads to store, and two widths: that of values is taken, and 8
+    key/value heads, or fewer where 8 do not divide the heads.
+    """
+    num_heads = int(text.num_attention_heads)
+    if getattr(text, "kv_lora_rank", None):
+        return num_heads, math.gcd(num_heads, _LATENT_KV_HEADS), int(text.v_head_dim)
+    num_kv_heads = int(getattr(text, "num_key_value_heads", None) or num_heads)
+    return num_heads, num_kv_heads, int(getattr(text, "head_dim", None) or text.hidden_size // num_heads)
 
 
 def count_tokenizer_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -105,9 +130,14 @@ def choose_mask_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> in
 
 
 def dense_mlp_width(text: PretrainedConfig) -> int | None:
-    if any((getattr(text, name, None) or 0) > 1 for name in EXPERT_COUNTS):
-        return None
-    return getattr(text, "intermediate_size", None)
+    """Of the layers without experts; None where every layer has them."""
+    width: int | None = getattr(text, "intermediate_size", None)
+    if all((getattr(text, name, None) or 0) <= 1 for name in EXPERT_COUNTS):
+        return width
+    moe_layers = getattr(text, "moe_layers", None)  # Llama 4, where intermediate_size is that of an expert
+    if moe_layers is not None and len(moe_layers) < text.num_hidden_layers:
+        return getattr(text, "intermediate_size_mlp", None)
+    return width if getattr(text, "first_k_dense_replace", None) else None
 
 
 def _layer_types(text: PretrainedConfig) -> tuple[str, ...] | None:

@@ -20,12 +20,17 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.distributed import DistributedConfig  # type: ignore[attr-defined]  # loaded lazily
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from paceline.config.target import TargetConfig
 from paceline.errors import OutOfMemoryError, TargetError
@@ -33,6 +38,8 @@ from paceline.target.hf.stored_tensors import read_tensor_table
 
 logger = logging.getLogger(__name__)
 
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""transformers' names of how many experts a layer has."""
 _WEIGHTS = "*.safetensors"
 _HUB_PATTERNS = ["*.json", _WEIGHTS, "*.model", "*.txt", "*.jinja", "*.tiktoken"]
 _HUB_IGNORED = ["original/*", "consolidated*"]
@@ -178,15 +185,15 @@ def load_model(
     options: dict[str, Any] = {"dtype": config.dtype, "trust_remote_code": config.trust_remote_code}
     if num_layers is not None:
         options["config"] = _cut_layers(copy.deepcopy(whole), num_layers)
-    if config.attention != "auto":
-        options["attn_implementation"] = config.attention
+    if (attention := _attention(config, whole)) is not None:
+        options["attn_implementation"] = attention
     if config.tensor_parallel > 1:
         options["distributed_config"] = DistributedConfig(tp_size=config.tensor_parallel)
     elif config.device_map is not None:
         options["device_map"] = config.device_map
     elif num_layers is None and getattr(whole, "quantization_config", None) is not None:
         options["device_map"] = {"": device}  # quantised weights are placed while they are read
-    loader: Any = AutoModelForCausalLM  # transformers' types leave out what output_loading_info returns
+    loader: Any = _loader(whole)  # transformers' types leave out what output_loading_info returns
     model: PreTrainedModel
     try:
         with _without_report() if num_layers is not None else contextlib.nullcontext():
@@ -227,6 +234,31 @@ def _without_report() -> Iterator[None]:
         transformers_log.setLevel(level)
 
 
+def _attention(config: TargetConfig, whole: PretrainedConfig) -> str | None:
+    """transformers' implementation; None leaves it to transformers.
+
+    Raises:
+        TargetError: sdpa for scores with a soft cap, which transformers 5.17 leaves out without a word.
+    """
+    cap = getattr(whole.get_text_config(decoder=True), "attn_logit_softcapping", None)
+    if cap is None:
+        return None if config.attention == "auto" else config.attention
+    if config.attention == "sdpa":
+        raise TargetError(
+            f'target.attention = "sdpa" leaves out the soft cap of {cap} on attention scores of {config.model} '
+            f'({whole.model_type}): use "eager", or "flex_attention" on a GPU'
+        )
+    return "eager" if config.attention == "auto" else config.attention
+
+
+def _loader(whole: PretrainedConfig) -> type:
+    """Who loads it: some models that see pictures (Mistral Small 3) are known as such only."""
+    kind = whole.model_type
+    if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
+
+
 def _cut_layers(whole: PretrainedConfig, num_layers: int) -> PretrainedConfig:
     if getattr(whole, "quantization_config", None) is not None:
         del whole.quantization_config
@@ -244,7 +276,7 @@ def find_parts(model: PreTrainedModel) -> ModelParts:
         TargetError: an architecture laid out in another way.
     """
     config = model.config.get_text_config(decoder=True)
-    body = model.get_decoder()
+    body: Any = _find_body(model)  # transformers has no type for what all bodies can
     num_layers = config.num_hidden_layers
     lists = [child for child in body.children() if isinstance(child, nn.ModuleList) and len(child) == num_layers]
     if len(lists) != 1:
@@ -258,6 +290,20 @@ def find_parts(model: PreTrainedModel) -> ModelParts:
     embedding = body.get_input_embeddings()
     state_dtype, vocab_size = _probe_states(body, embedding)
     return ModelParts(model, body, lists[0], embedding, lm_head, config, state_dtype, vocab_size)
+
+
+def _find_body(model: PreTrainedModel) -> nn.Module:
+    body: nn.Module = model.get_decoder()
+    if body is not model:
+        return body
+    # Llama 4 gives itself: its body is not where transformers looks for it.
+    inside = [child for child in model.children() if isinstance(child, PreTrainedModel)]
+    if len(inside) != 1:
+        raise TargetError(
+            f"{type(model).__name__} has {len(inside)} models inside, expected exactly one (all but the lm_head): this "
+            "architecture cannot be captured"
+        )
+    return inside[0]
 
 
 @torch.no_grad()

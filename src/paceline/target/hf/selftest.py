@@ -18,7 +18,7 @@ from paceline.schema.rows import RowRequest
 from paceline.schema.target_info import LogitTransform
 from paceline.target.hf.attention import DOCUMENT_ATTENTION, register_document_attention
 from paceline.target.hf.capture import Layout, RowCapture, apply_logit_transform
-from paceline.target.hf.loading import ModelParts
+from paceline.target.hf.loading import EXPERT_COUNTS, ModelParts
 
 logger = logging.getLogger(__name__)
 
@@ -143,18 +143,18 @@ def _attention_of(parts: ModelParts) -> str:
 
 def _why_not_packed(parts: ModelParts, layout: Layout) -> str | None:
     """What speaks against packing; None once it is proved."""
+    if getattr(parts.config, "attention_chunk_size", None):
+        return "attention in chunks counts from the start of the row"
     others = set(getattr(parts.config, "layer_types", None) or ()) - _ATTENTION_LAYERS
     if others:
         return f"{sorted(others)[0]} layers carry state from one document to the next"
-    if getattr(parts.config, "attention_chunk_size", None):
-        return "attention in chunks is not made per document"
     try:
         leak, error = _compare_layouts(parts, layout)
     except TargetError as failure:
         return str(failure)
     # Rows of one shape run the same kernels, so that a dense model's other documents keep every bit. Experts get
     # other numbers of tokens, which may change the last bits.
-    dense = not any(getattr(parts.config, name, None) for name in ("num_experts", "num_local_experts"))
+    dense = not any(getattr(parts.config, name, None) for name in EXPERT_COUNTS)
     if leak > (0.0 if dense else 4 * torch.finfo(parts.state_dtype).eps):
         return f"changing one document changed another by {leak:.1e}"
     if error > _STATE_TOLERANCE[parts.state_dtype]:

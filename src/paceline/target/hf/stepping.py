@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from paceline.errors import ConfigError
+from paceline.target.hf.capture import rope_lengths
 from paceline.target.hf.loading import ModelParts, find_parts
 
 
@@ -30,7 +32,8 @@ class TargetSequence:
     """One text being decoded by the target, batch 1.
 
     Layers whose cache cannot be cropped (recurrent ones) are copied before each forward; a crop puts the copy back
-    and reads the tokens that stay once more.
+    and reads the tokens that stay once more. A text that grows beyond a length of longrope is read anew, as
+    transformers' `generate` does it.
     """
 
     def __init__(self, parts: ModelParts, layers: tuple[int, ...] = ()) -> None:
@@ -50,6 +53,11 @@ class TargetSequence:
         self._num_tokens = 0
         self._copies: dict[int, Any] = {}
         self._newest = torch.empty(0, dtype=torch.int64)
+        self._rope_lengths = rope_lengths(parts.config)
+        self._text = torch.empty(0, dtype=torch.int64)
+        """All tokens read so far; kept for longrope alone."""
+        self._read_anew = False
+        """Whether the newest `advance` crossed a length of longrope."""
 
     @property
     def num_tokens(self) -> int:
@@ -59,6 +67,34 @@ class TargetSequence:
     @torch.no_grad()
     def advance(self, tokens: Tensor, num_logits: int = 0) -> Advance:
         """Read int64[n] further `tokens`; logits of the last `num_logits` of them (0: all)."""
+        if self._rope_lengths:
+            self._text = torch.cat([self._text, tokens.cpu()])
+            end = self._num_tokens + len(tokens)
+            crossed = [bound for bound in self._rope_lengths if 0 < self._num_tokens <= bound < end]
+            self._read_anew = bool(crossed)
+            if crossed:
+                return self._advance_across(crossed, tokens, num_logits)
+        return self._advance(tokens, num_logits)
+
+    def _advance_across(self, bounds: list[int], tokens: Tensor, num_logits: int) -> Advance:
+        """What each token gives where the length of the text up to it decides the frequencies of all."""
+        read = self._num_tokens
+        before = bounds[0] - read
+        parts = [self._forward(tokens[:before], 0)] if before else []
+        for start, end in pairwise([*bounds, read + len(tokens)]):
+            self._forget()
+            whole = self._forward(self._text[:end], end - start)
+            parts.append(Advance(whole.logits, whole.hidden[start:]))
+        self._newest = tokens
+        logits = torch.cat([part.logits for part in parts])
+        return Advance(logits[-num_logits:], torch.cat([part.hidden for part in parts]))
+
+    def _forget(self) -> None:
+        self._cache = DynamicCache(config=self._parts.model.config)
+        self._num_tokens = 0
+        self._copies = {}
+
+    def _advance(self, tokens: Tensor, num_logits: int) -> Advance:
         # Recording lets fixed-size caches (sliding windows) keep what a crop may want back.
         if self._num_tokens:
             for i, layer in enumerate(self._cache.layers):
@@ -78,6 +114,13 @@ class TargetSequence:
         """
         if not 0 <= num_removed < len(self._newest):
             raise ValueError(f"cannot remove {num_removed} of the {len(self._newest)} tokens of the newest forward")
+        if self._rope_lengths:
+            self._text = self._text[: self._num_tokens - num_removed]
+            if self._read_anew:
+                if num_removed:
+                    self._forget()
+                    self._forward(self._text, num_logits=1)
+                return
         if not self._copies or num_removed == 0:
             self._crop_layers(num_removed)
             return
