@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paceline.drafts.sequence import Exchange
+from paceline.drafts.sequence import ALONE, Exchange
 
 _BLOCK = 128
 """Query and key block of flex_attention; its own default."""
@@ -26,9 +26,9 @@ _BLOCK = 128
 
 @dataclass(frozen=True, slots=True)
 class Visibility:
-    """For each query, the interval [first, end) of context keys it sees; end <= first sees none.
+    """For each query that this rank attends with, the interval [first, end) of context keys it sees.
 
-    With an exchange these are the queries of all ranks of a sequence-parallel group.
+    end <= first sees none.
     """
 
     first: Tensor
@@ -37,15 +37,19 @@ class Visibility:
     """int64[Q]."""
     blocks: Any = None
     """flex_attention's BlockMask of the same intervals, where that backend is used."""
-    exchange: Exchange | None = None
-    """How the ranks of a sequence-parallel group have shared out the queries."""
+    exchange: Exchange = ALONE
+    """How the ranks of a sequence-parallel group bring queries and keys together."""
 
 
-def build_visibility(first: Tensor, end: Tensor, num_keys: int, exchange: Exchange | None = None) -> Visibility:
+def build_visibility(first: Tensor, end: Tensor, num_keys: int, exchange: Exchange = ALONE) -> Visibility:
     """Intervals with what the backend needs: block lists for flex_attention on CUDA.
 
     On a CPU flex_attention has no backward pass; for a handful of queries (decoding) its blocks would be empty.
+
+    Args:
+        first, end: int64, of the queries of all ranks of `exchange`.
     """
+    first, end = first[exchange.attending], end[exchange.attending]
     if first.device.type != "cuda" or len(first) < _BLOCK:
         return Visibility(first, end, None, exchange)
     return Visibility(first, end, _interval_blocks(first, end, num_keys), exchange)
@@ -56,16 +60,13 @@ def attend_context(q: Tensor, k: Tensor, v: Tensor, visible: Visibility) -> tupl
 
     Args:
         q: [Q, heads, head_dim]. k, v: [T, kv_heads, head_dim], kv_heads divides heads.
-            With an exchange: q are this rank's queries with all heads, k and v all keys with this rank's heads.
+            q are this rank's own queries; k and v what `Exchange.share_keys` has made of its own keys and values.
 
     Returns:
         out [Q, heads, head_dim] and the fp32 logsumexp [Q, heads] of the scores; a query that sees no key has
         out 0 and logsumexp -inf.
     """
-    if visible.exchange is None:
-        return _attend(q, k, v, visible)
-    out, lse = _attend(visible.exchange.to_heads(q), k, v, visible)
-    return visible.exchange.to_items(out), visible.exchange.to_items(lse)
+    return visible.exchange.attend(q, lambda queries: _attend(queries, k, v, visible))
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Visibility) -> tuple[Tensor, Tensor]:
@@ -83,8 +84,10 @@ def _attend_dense(q: Tensor, k: Tensor, v: Tensor, visible: Visibility) -> tuple
     for start in range(0, len(q), _BLOCK):
         part = slice(start, start + _BLOCK)
         first, end = visible.first[part], visible.end[part]
-        low = min(*first.tolist(), len(k) - 1)
-        keys = slice(low, max(*end.tolist(), low + 1))
+        # Padded queries see nothing, wherever they say: they must not widen the range.
+        seen = end > first
+        low = int(torch.where(seen, first, len(k) - 1).min())
+        keys = slice(low, max(low + 1, int(torch.where(seen, end, 0).max())))
         out, lse = _attend_block(q[part], k[keys], v[keys], first - low, end - low)
         outs.append(out)
         lses.append(lse)
