@@ -40,6 +40,8 @@ CASES = {
     "dflash": DFLASH,
     "dflash, compiled and checkpointed": dataclasses.replace(DFLASH, changes=COMPILED),
 }
+# 120 slots in the second part: too few for a block, and too many keys to score at once.
+FEW_SLOTS = dataclasses.replace(EAGLE3, lengths=[24000], spans=[[(100, 1000), (20000, 20122)]])
 # With heads; with one key/value head they could not be shared out.
 CASES |= {f"{name}, heads": dataclasses.replace(case, exchange="heads") for name, case in CASES.items()}
 CASES |= {
@@ -80,7 +82,7 @@ def test_two_gpus_compute_what_one_computes(ranks: Ranks, case: Case):
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
-@pytest.mark.parametrize("case", [EAGLE3, DFLASH], ids=["eagle3", "dflash"])
+@pytest.mark.parametrize("case", [EAGLE3, DFLASH, FEW_SLOTS], ids=["eagle3", "dflash", "eagle3, few slots"])
 def test_fp32_differs_in_the_last_bits_alone(ranks: Ranks, case: Case, exchange):
     exact = dataclasses.replace(case, dtype=torch.float32, exchange=exchange)
     alone, shares = compute_loss(None, exact), ranks.call(2, compute_loss, exact, timeout_s=280)

@@ -22,13 +22,15 @@ from paceline.drafts.sequence import ALONE, Exchange
 
 _BLOCK = 128
 """Query and key block of flex_attention; its own default."""
+_DENSE_SCORES = 1 << 20
+"""Pairs of fewer than a block of queries and all keys that are scored at once on CUDA: 128 MB with 32 heads."""
 
 
 @dataclass(frozen=True, slots=True)
 class Visibility:
     """For each query that this rank attends with, the interval [first, end) of context keys it sees.
 
-    end <= first sees none.
+    end <= first sees none. With `blocks` there may be more of them than queries: the last ones pad a block.
     """
 
     first: Tensor
@@ -44,14 +46,17 @@ class Visibility:
 def build_visibility(first: Tensor, end: Tensor, num_keys: int, exchange: Exchange = ALONE) -> Visibility:
     """Intervals with what the backend needs: block lists for flex_attention on CUDA.
 
-    On a CPU flex_attention has no backward pass; for a handful of queries (decoding) its blocks would be empty.
+    On a CPU flex_attention has no backward pass. A handful of queries (decoding, a part of a row with few slots) would
+    leave its blocks empty; where there are too many keys to score at once, they are padded to a block.
 
     Args:
         first, end: int64, of the queries of all ranks of `exchange`.
     """
     first, end = first[exchange.attending], end[exchange.attending]
-    if first.device.type != "cuda" or len(first) < _BLOCK:
+    num_missing = max(0, _BLOCK - len(first))
+    if first.device.type != "cuda" or (num_missing and len(first) * num_keys <= _DENSE_SCORES):
         return Visibility(first, end, None, exchange)
+    first, end = (torch.nn.functional.pad(bounds, (0, num_missing)) for bounds in (first, end))
     return Visibility(first, end, _interval_blocks(first, end, num_keys), exchange)
 
 
@@ -71,8 +76,11 @@ def attend_context(q: Tensor, k: Tensor, v: Tensor, visible: Visibility) -> tupl
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Visibility) -> tuple[Tensor, Tensor]:
     if visible.blocks is not None:
+        num_queries = len(q)
+        if len(visible.first) > num_queries:
+            q = torch.nn.functional.pad(q, (0, 0, 0, 0, 0, len(visible.first) - num_queries))
         out, lse = _flex()(q.transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None], visible.blocks)
-        return out[0].transpose(0, 1), lse[0].transpose(0, 1)
+        return out[0].transpose(0, 1)[:num_queries], lse[0].transpose(0, 1)[:num_queries]
     return _attend_dense(q, k, v, visible)
 
 

@@ -265,4 +265,6 @@ def _own_items(sequence: SequenceGroup, counts: Sequence[int]) -> slice:
 
 def _padded(items: Tensor, num: int) -> Tensor:
     """Contiguous, `num` long; what is added is zero."""
-    return pad(items, (0, 0) * (items.dim() - 1) + (0, num - len(items))).contiguous()
+    if len(items) < num:
+        items = pad(items, (0, 0) * (items.dim() - 1) + (0, num - len(items)))
+    return items.contiguous()
