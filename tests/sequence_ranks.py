@@ -9,7 +9,7 @@ import traceback
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
@@ -25,9 +25,10 @@ from paceline.drafts.dflash.algorithm import DFlash
 from paceline.drafts.eagle3.algorithm import Eagle3
 from paceline.drafts.fixed_row import fixed_row
 from paceline.drafts.interface import DraftAlgorithm
-from paceline.drafts.sequence import Exchange, SequenceGroup
-from paceline.schema.features import FeatureRow, Features
-from paceline.schema.parts import WHOLE, Part, slice_features
+from paceline.drafts.sequence import SequenceGroup, SharedItems, gather_tokens
+from paceline.evaluation.walk import WalkSums, walk_row
+from paceline.schema.features import FeatureRow, Features, merge_specs
+from paceline.schema.parts import WHOLE, Part, part_range, slice_features
 from paceline.schema.target_info import TargetInfo
 from paceline.training.sharded import SharedDraft
 from rows import RandomWeights, Span, make_context, make_row, random_features, tiny_info
@@ -47,6 +48,7 @@ class Case:
     info: TargetInfo = INFO
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
+    exchange: Literal["keys", "heads"] = "keys"
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,8 @@ class Watched:
 def build(case: Case, sequence: SequenceGroup | None) -> DraftAlgorithm:
     """A draft of random weights, the same in every process."""
     kind = Eagle3 if isinstance(case.config, Eagle3Config) else DFlash
+    if sequence is not None:
+        sequence = replace(sequence, exchange=case.exchange)
     context = make_context(
         case.info,
         device=torch.device(case.device),
@@ -89,15 +93,52 @@ def build(case: Case, sequence: SequenceGroup | None) -> DraftAlgorithm:
     return algorithm
 
 
-def part_of_row(case: Case, algorithm: DraftAlgorithm, part: Part) -> FeatureRow:
+def part_of_row(case: Case, algorithm: DraftAlgorithm, part: Part, evaluation: bool = False) -> FeatureRow:
     """The row with the features of one part, in memory of their own."""
     row = make_row(case.lengths, case.spans, vocab=case.info.num_tokenizer_tokens)
-    spec = type(algorithm).feature_spec(case.config, case.info)
+    kind = type(algorithm)
+    specs = [kind.feature_spec(case.config, case.info, evaluation=held_out) for held_out in {False, evaluation}]
+    spec = merge_specs(specs)
     whole = random_features(row, spec, case.info, case.dtype).features
+    if evaluation:  # the target would have written most of the text itself
+        text = np.append(row.tokens[1:], 0)
+        whole.greedy = torch.from_numpy(np.where(np.arange(len(text)) % 9 == 7, -1, text).astype(np.int32))
     sliced = slice_features(whole, row.num_tokens, part, spec.halo)
     own = {name: tensor.clone().to(case.device) for name, tensor in sliced.tensors().items()}
     named = {name: own.get(name) for name in ("greedy", "final_hidden", "final_index", "logsumexp")}
     return FeatureRow(row, Features(whole.layers, own["hidden"], **named, row_hash="", finite=True, part=part))
+
+
+@dataclass(frozen=True)
+class Walked:
+    """What one rank found in an evaluation."""
+
+    starts: np.ndarray
+    proposals: np.ndarray
+    """Of the draft itself, at each start."""
+    sums: WalkSums
+    loss: float
+
+
+def walk_held_out(sequence: SequenceGroup | None, case: Case) -> Walked:
+    """Evaluate this rank's part of the row, or the whole row, as if the draft were right two times of three."""
+    algorithm = build(case, sequence)
+    row = part_of_row(case, algorithm, part_of(sequence), evaluation=True)
+    propose, num_drafted, given = algorithm.propose, algorithm.num_drafted, []
+    text = np.append(row.row.tokens, np.full(num_drafted, -1))
+
+    def propose_text(row: FeatureRow, starts: torch.Tensor) -> torch.Tensor:
+        given.append((starts.cpu().numpy(), propose(row, starts).cpu().numpy()))
+        right = np.array([text[p + 1 : p + 1 + num_drafted] for p in starts.tolist()], np.int64)
+        right = right.reshape(-1, num_drafted)
+        right[given[-1][0] % 3 == 0, num_drafted // 2] = -1
+        return torch.from_numpy(right)
+
+    algorithm.propose = propose_text
+    with torch.no_grad():
+        sums, loss = walk_row(algorithm, row), algorithm.loss(row).total.item()
+    starts, proposals = zip(*given, strict=True)
+    return Walked(np.concatenate(starts), np.concatenate(proposals), sums, loss)
 
 
 def part_of(sequence: SequenceGroup | None) -> Part:
@@ -175,12 +216,21 @@ def add_up_gradients(
 def exchange_numbers(sequence: SequenceGroup, counts: tuple[int, ...], dtype: torch.dtype) -> list[Any]:
     """This rank's share of a table after one exchange and after the way back, and the gradient of a weighted sum."""
     table = torch.arange(sum(counts) * 4 * 3, dtype=dtype).view(-1, 4, 3)
-    exchange = Exchange(sequence, counts)
-    own = table[exchange.own].clone().requires_grad_()
-    heads = exchange.to_heads(own)
-    (exchange.to_items(heads * heads) * (sequence.rank + 1)).sum().backward()
-    back = exchange.to_items(heads)
+    items, begin = SharedItems(sequence, counts), sum(counts[: sequence.rank])
+    own = table[begin : begin + counts[sequence.rank]].clone().requires_grad_()
+    heads = items.to_heads(own)
+    (items.to_items(heads * heads) * (sequence.rank + 1)).sum().backward()
+    back = items.to_items(heads)
     return [value.detach().float().numpy() for value in (heads, back, own.grad)]
+
+
+def gather_numbers(sequence: SequenceGroup, num_tokens: int, dtype: torch.dtype) -> list[Any]:
+    """What this rank gathers of a table of tokens, and the gradient that its own share of it is given."""
+    table = torch.arange(num_tokens * 4, dtype=dtype).view(num_tokens, 2, 2)
+    own = table[slice(*part_range(num_tokens, sequence.part))].clone().requires_grad_()
+    gathered = gather_tokens(own, num_tokens, sequence)
+    (gathered * gathered * (sequence.rank + 1)).sum().backward()
+    return [value.detach().float().numpy() for value in (gathered, own.grad)]
 
 
 class Watch(TorchDispatchMode):

@@ -50,7 +50,16 @@ def start_servers(commands: Commands, target: Path, directory: Path, num: int, *
 
 def num_forwards(server: Served) -> int:
     """Rows that its engine has computed since it was started."""
+    return _counted(server, "paceline_row_forward_seconds_count")
+
+
+def num_parts_sent(server: Served) -> int:
+    """Parts of rows that were sent, each to a rank of a group, since it was started."""
+    return _counted(server, "paceline_row_parts_total")
+
+
+def _counted(server: Served, name: str) -> int:
     page = Talk(server.url).ask("GET", "/metrics").body.decode()
-    count = re.search(r"^paceline_row_forward_seconds_count ([\d.e+]+)$", page, re.MULTILINE)
+    count = re.search(rf"^{name} ([\d.e+]+)$", page, re.MULTILINE)
     assert count, page
     return round(float(count[1]))

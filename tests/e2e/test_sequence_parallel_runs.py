@@ -9,7 +9,7 @@ import pytest
 from forking import Commands
 from paceline.config.run import RunConfig
 from ranks import run_ranks
-from served import Served, num_forwards
+from served import Served, num_forwards, num_parts_sent
 from whole_run import assert_close_runs, lines, losses, run, run_config, same_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -35,13 +35,15 @@ def test_two_ranks_that_share_rows_train_as_one_does_and_cost_the_target_nothing
     kind = {"transport__kind": transport}
     alone, together = make_config("alone", **kind), make_config("together", training__sequence_parallel=2, **kind)
     assert run(alone).status == "finished"
-    before = num_forwards(target_servers[0])
+    before, parts_before = num_forwards(target_servers[0]), num_parts_sent(target_servers[0])
     run_ranks(commands, together, 2)
     assert_close_runs(together, alone)
     num_evaluations = len(lines(together, "eval"))
     assert num_evaluations > 1
     num_rows = sum(line["rows"] for line in lines(together))
-    assert num_forwards(target_servers[0]) - before == num_rows + 2 * num_evaluations  # the held-out data are two rows
+    num_computed = num_rows + 2 * num_evaluations  # the held-out data are two rows
+    assert num_forwards(target_servers[0]) - before == num_computed
+    assert num_parts_sent(target_servers[0]) - parts_before == 2 * num_computed, "held-out rows come in parts, too"
     of_one, of_two = (lines(config)[-1]["stream"]["bytes_received"] for config in (alone, together))
     assert of_one < of_two < 1.4 * of_one  # the sum over both ranks: each has its half, and the halo
 

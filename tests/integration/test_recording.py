@@ -30,9 +30,9 @@ from paceline.launch.export import export_run
 from paceline.launch.record import RecordOptions, record
 from paceline.schema.features import FeatureSpec, FinalHidden
 from paceline.schema.parts import Part, slice_features
-from paceline.schema.recording import RecordingDir, RecordingManifest
-from paceline.schema.rows import request_features
-from paceline.transport.buffers import HostBuffers
+from paceline.schema.recording import RecordingDir, RecordingManifest, row_key
+from paceline.schema.rows import Row, request_features
+from paceline.transport.buffers import HostBuffer, HostBuffers
 from served import Served
 from tiny import save_tiny_target
 from whole_run import QuietSignals, StopsAfter, lines, losses, run, run_config, run_table, same_weights, write_data
@@ -151,17 +151,33 @@ def test_a_run_may_go_on_from_disk(
     assert same_weights(config, online)
 
 
-@pytest.mark.parametrize("final_hidden", ["none", "supervised"])
-def test_parts_of_a_recorded_row_are_the_row(recorded: Path, final_hidden: FinalHidden) -> None:
+class WatchedBuffers(HostBuffers):
+    """Remembers how many bytes were asked for."""
+
+    def __init__(self) -> None:
+        super().__init__(1 << 20)
+        self.asked: list[int] = []
+
+    def reserve(self, num_bytes: int) -> HostBuffer:
+        self.asked.append(num_bytes)
+        return super().reserve(num_bytes)
+
+
+@pytest.mark.parametrize(("first_layer", "final_hidden"), [(0, "supervised"), (1, "supervised"), (1, "none")])
+def test_parts_of_a_recorded_row_are_the_row_and_no_more_than_a_part_is_kept(
+    recorded: Path, first_layer: int, final_hidden: FinalHidden
+) -> None:
     recording = Recording(recorded)
-    prepared = load_prepared(recording.paths.rows(recording.manifest.data_fingerprint))
-    row = RowSource(prepared.train, prepared.train_plan, 0).row(0)
-    spec = FeatureSpec(recording.spec.layers[1:], final_hidden, recording.spec.greedy, halo=3)
-    connection = RecordedConnection(recording, HostBuffers(1 << 20), torch.device("cpu"))
+    row = first_row(recording)
+    spec = FeatureSpec(recording.spec.layers[first_layer:], final_hidden, recording.spec.greedy, halo=3)
+    buffers = WatchedBuffers()
+    connection = RecordedConnection(recording, buffers, torch.device("cpu"))
     connection.open_session({"training": spec}, "ab" * 16)
     try:
         request = request_features(row, "training", recording.info.num_position_axes)
         whole = connection.request(request).result(20).take()
+        of_row = max(buffers.asked)
+        buffers.asked.clear()
         assert whole.num_tokens == row.num_tokens > 20
         parts = [Part(index, 3) for index in range(3)]
         for part in parts:
@@ -171,8 +187,31 @@ def test_parts_of_a_recorded_row_are_the_row(recorded: Path, final_hidden: Final
             expected = slice_features(whole, row.num_tokens, part, 3).tensors()
             assert features.tensors().keys() == expected.keys()
             assert all(torch.equal(features.tensors()[name], tensor) for name, tensor in expected.items())
+        assert max(buffers.asked) < of_row / 2
     finally:
         connection.close()
+
+
+def test_damage_in_one_part_of_a_recorded_row_is_found_by_who_wants_another(recorded: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(recorded, tmp_path / "recording")
+    recording = Recording(copy)
+    request = request_features(first_row(recording), "training", recording.info.num_position_axes)
+    place = recording.find(row_key(request))
+    assert place is not None
+    flip_a_bit(place.file, place.row.offset + place.row.num_bytes * 3 // 10)
+    connection = RecordedConnection(recording, HostBuffers(1 << 20), torch.device("cpu"))
+    connection.open_session({"training": recording.spec}, "ab" * 16)
+    try:
+        for index in range(3):
+            with pytest.raises(DataError, match="is damaged"):
+                connection.request(replace(request, part=Part(index, 3))).result(20)
+    finally:
+        connection.close()
+
+
+def first_row(recording: Recording) -> Row:
+    prepared = load_prepared(recording.paths.rows(recording.manifest.data_fingerprint))
+    return RowSource(prepared.train, prepared.train_plan, 0).row(0)
 
 
 def test_a_row_of_a_shard_is_a_file_that_safetensors_reads(recorded: Path) -> None:

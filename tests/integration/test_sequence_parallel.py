@@ -26,8 +26,10 @@ from sequence_ranks import (
     build,
     compute_loss,
     exchange_numbers,
+    gather_numbers,
     part_of_row,
     running_ranks,
+    walk_held_out,
     watch_loss,
     weigh_fixed_row,
 )
@@ -60,6 +62,26 @@ CASES = {
     "dflash, last part without supervised tokens": Case(DFLASH, *LAST_EMPTY),
     "dflash, one anchor": Case(DFLASH, [5], [[(3, 5)]]),
 }
+EXCHANGES = ("keys", "heads")
+# Impossible with heads on four ranks, and on two and four where there is one of them.
+FEW = {"num_heads": 4, "num_kv_heads": 2}
+FEW_HEADS = {
+    "eagle3, two key/value heads": Case(EAGLE3.model_copy(update=FEW), *PACKED),
+    "dflash, two key/value heads": Case(SLIDING.model_copy(update=FEW), *PACKED),
+    "eagle3, one key/value head, first part without slots": Case(
+        EAGLE3.model_copy(update={"num_heads": 3, "num_kv_heads": 1}), *FIRST_EMPTY, {"activation_checkpointing": True}
+    ),
+}
+EVALUATED = {
+    name: CASES[name]
+    for name in (
+        "eagle3, half the vocabulary",
+        "eagle3, first part without slots",
+        "eagle3, last part without supervised tokens",
+        "dflash, sliding",
+        "dflash, first part without anchors",
+    )
+}
 # Short documents: dense attention on a CPU would otherwise be all that counts.
 LONG = ([70] * 33, [[(8, 66)]] * 33)
 WIDE = tiny_info(hidden_size=96, num_heads=8, num_kv_heads=4)
@@ -85,13 +107,26 @@ def added(results: Sequence[Result]) -> tuple[dict[str, np.ndarray], dict[str, n
 @pytest.mark.parametrize("num_ranks", [2, 4])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_ranks_that_share_a_row_compute_what_one_rank_computes(ranks: Ranks, case: Case, num_ranks: int):
-    assert_equal(ranks.call(num_ranks, compute_loss, case), compute_loss(None, case))
+    alone = compute_loss(None, case)
+    for exchange in EXCHANGES:
+        shares = ranks.call(num_ranks, compute_loss, dataclasses.replace(case, exchange=exchange))
+        assert_equal(shares, alone)
+
+
+@pytest.mark.parametrize("case", FEW_HEADS.values(), ids=FEW_HEADS)
+def test_a_group_that_exchanges_keys_may_have_more_ranks_than_key_heads(ranks: Ranks, case: Case):
+    assert_equal(ranks.call(4, compute_loss, case), compute_loss(None, case))
+    group = SequenceGroup(None, 0, 4)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r'set training\.sequence_exchange to "keys"'):
+        build(dataclasses.replace(case, exchange="heads"), group)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["eagle3", "eagle3, first part without slots", "dflash, sliding, checkpointed"])
-def test_compiled_ranks_compute_it_too(ranks: Ranks, name: str):
-    compiled = dataclasses.replace(CASES[name], changes={**CASES[name].changes, "compile": True})
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_compiled_ranks_compute_it_too(ranks: Ranks, name: str, exchange):
+    changes = {**CASES[name].changes, "compile": True}
+    compiled = dataclasses.replace(CASES[name], changes=changes, exchange=exchange)
     assert_equal(ranks.call(2, compute_loss, compiled, timeout_s=250), compute_loss(None, CASES[name]))
 
 
@@ -138,6 +173,30 @@ def test_gradients_that_fsdp_adds_up_over_rows_and_ranks_are_those_of_one_rank(r
             assert np.linalg.norm(gradient - expected) < 1e-5 * np.linalg.norm(expected), name
 
 
+@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("case", EVALUATED.values(), ids=EVALUATED)
+def test_ranks_that_share_a_held_out_row_propose_and_accept_what_one_rank_does(ranks: Ranks, case: Case, num_ranks):
+    alone = walk_held_out(None, case)
+    shares = ranks.call(num_ranks, walk_held_out, case)
+    np.testing.assert_array_equal(np.concatenate([share.starts for share in shares]), alone.starts)
+    np.testing.assert_array_equal(np.concatenate([share.proposals for share in shares]), alone.proposals)
+    total = sum((share.sums for share in shares[1:]), shares[0].sums)
+    assert total == alone.sums
+    assert sum(share.loss for share in shares) == pytest.approx(alone.loss, rel=1e-5)
+    assert alone.sums.accepted > alone.sums.steps > 3, "the premise: steps reach far, and some end early"
+    assert 0 < alone.sums.greedy_matches < alone.sums.positions
+
+
+def test_a_held_out_row_is_proposed_in_as_many_pieces_by_every_rank(ranks: Ranks):
+    """1024 starts a piece: the last part has none, the first has three pieces."""
+    case = Case(DFLASH, [5000], [[(10, 2450)]])
+    alone = walk_held_out(None, case)
+    assert len(alone.starts) == 2439
+    shares = ranks.call(2, walk_held_out, case)
+    assert [len(share.starts) for share in shares] == [2439, 0]
+    assert shares[0].sums + shares[1].sums == alone.sums
+
+
 @pytest.mark.parametrize("config", [EAGLE3, DFLASH], ids=["eagle3", "dflash"])
 def test_rows_to_compile_on_come_in_parts_too(ranks: Ranks, config):
     case = Case(config, *PACKED)
@@ -161,8 +220,9 @@ def test_every_rank_may_hold_features_of_its_own_part_alone(ranks: Ranks):
             return {s for s in result.shapes if s[:1] == (num_tokens,) and math.prod(s) >= num_tokens * 96}
 
         assert states_of_all_tokens(watch_loss(None, case)), "the premise: one rank alone makes them"
-        for result in ranks.call(2, watch_loss, case):
-            assert not states_of_all_tokens(result)
+        for exchange in EXCHANGES:
+            for result in ranks.call(2, watch_loss, dataclasses.replace(case, exchange=exchange)):
+                assert not states_of_all_tokens(result)
 
 
 @pytest.mark.parametrize("config", [EAGLE3, DFLASH], ids=["eagle3", "dflash"])
@@ -170,8 +230,9 @@ def test_every_rank_may_hold_features_of_its_own_part_alone(ranks: Ranks):
 def test_each_of_two_ranks_needs_little_more_than_half_the_memory(ranks: Ranks, config, checkpointing: bool):
     case = Case(config, *LONG, {"activation_checkpointing": checkpointing, "head_chunk_tokens": 256}, WIDE)
     alone = watch_loss(None, case)
-    for result in ranks.call(2, watch_loss, case):
-        assert result.peak_bytes < 0.6 * alone.peak_bytes
+    for exchange in EXCHANGES:
+        for result in ranks.call(2, watch_loss, dataclasses.replace(case, exchange=exchange)):
+            assert result.peak_bytes < 0.6 * alone.peak_bytes
 
 
 @pytest.mark.long
@@ -201,14 +262,30 @@ def test_items_go_to_heads_and_back_whatever_number_each_rank_has(ranks: Ranks, 
         np.testing.assert_allclose(gradient, 2 * (rank + 1) * table[owner == rank], rtol=1e-2)
 
 
+@pytest.mark.parametrize("num_tokens", [8, 7, 5, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_are_gathered_and_their_gradients_added_up_also_of_parts_that_are_short_or_empty(
+    ranks: Ranks, num_tokens: int, dtype
+):
+    table = np.arange(num_tokens * 4, dtype=np.float32).reshape(num_tokens, 2, 2)
+    for num_ranks in (2, 4):
+        for rank, (gathered, gradient) in enumerate(ranks.call(num_ranks, gather_numbers, num_tokens, dtype)):
+            np.testing.assert_array_equal(gathered, table)
+            own = table[slice(*part_range(num_tokens, Part(rank, num_ranks)))]
+            weight = sum(range(1, num_ranks + 1))  # of (rank + 1) x^2, on every rank
+            np.testing.assert_allclose(gradient, 2 * weight * own, rtol=1e-2)
+
+
 @pytest.mark.parametrize("config", [EAGLE3, DFLASH], ids=["eagle3", "dflash"])
 @pytest.mark.parametrize(("size", "changes"), [(3, {}), (8, {}), (2, {"num_heads": 3, "num_kv_heads": 1})])
 def test_heads_that_cannot_be_shared_out_are_refused_with_all_numbers(config, size, changes):
     group = SequenceGroup(None, 0, size)  # type: ignore[arg-type]
+    case = Case(config.model_copy(update=changes), *PACKED)
+    build(case, group)
     heads, kv_heads = (changes or {"num_heads": 8, "num_kv_heads": 4}).values()
     expected = rf"sequence_parallel = {size} does not divide the draft's {heads} heads and {kv_heads} key/value heads"
     with pytest.raises(ConfigError, match=expected):
-        build(Case(config.model_copy(update=changes), *PACKED), group)
+        build(dataclasses.replace(case, exchange="heads"), group)
 
 
 def test_a_part_is_trained_by_the_rank_it_is_for_alone():
@@ -220,7 +297,6 @@ def test_a_part_is_trained_by_the_rank_it_is_for_alone():
 
 
 def test_whole_rows_are_trained_and_evaluated_alone_by_a_rank_that_has_a_group():
-    """Held-out rows come whole: each rank of a group may evaluate without the others."""
     case = CASES["dflash"]
     group = SequenceGroup(None, 0, 2)  # type: ignore[arg-type]
     algorithm = build(case, group)

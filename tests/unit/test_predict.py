@@ -169,6 +169,21 @@ def test_memory_is_near_what_was_measured(dense: Path) -> None:
     assert found.memory_bytes["trainer"] > 14 * 2**30  # optimizer state of 0.4 G weights in fp32: 6 GiB
 
 
+def test_ranks_that_share_a_row_hold_the_keys_of_all_of_it_or_their_share(dense: Path) -> None:
+    def trainer_bytes(draft: dict[str, Any], num_parts: int, exchange: str) -> float:
+        config = run_of(dense, draft, target="servers", num_trainers=4)
+        changes = {"sequence_parallel": num_parts, "sequence_exchange": exchange}
+        changed = config.model_copy(update={"training": config.training.model_copy(update=changes)})
+        return predicted(changed, Workload(65536, 1, 0.6, 1024)).memory_bytes["trainer"]
+
+    keys = 65536 * 2 * 8 * 128 * 2.0 * 2  # of tokens: keys and values, heads, head_dim, bf16, and gradients
+    for draft, num_layers in ((EAGLE3, 1), (DFLASH, 5)):
+        for num_parts in (2, 4):
+            more = trainer_bytes(draft, num_parts, "keys") - trainer_bytes(draft, num_parts, "heads")
+            assert more == pytest.approx(num_layers * keys * (1 - 1 / num_parts))
+        assert trainer_bytes(draft, 1, "keys") == trainer_bytes(draft, 1, "heads")
+
+
 def test_the_verdict_beforehand_is_said_like_that_of_a_run(dense: Path) -> None:
     waiting = predicted(run_of(dense, EAGLE3, target="servers", num_servers=1), ROWS["eagle3"])
     assert waiting.balance.limit == "target"

@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 
 from paceline.config.run_dir import RunDir
+from paceline.config.training import TrainingConfig
 from paceline.errors import ConfigError, RunDirectoryError, StoppedError
 from paceline.evaluation.held_out import HeldOutEvaluation
 from paceline.launch.plan import config_on
 from paceline.launch.run import Run, check_ranks_alike, facts_of_rank
+from paceline.launch.train import warn_of_idle_ranks
 from whole_run import run_config
 
 NUM_RANKS = 2
@@ -36,17 +38,39 @@ def test_ranks_may_differ_in_what_is_of_a_host_and_in_nothing_else(tmp_path: Pat
         check_ranks_alike([ours, facts_of_rank(replace(run, run_id="5678"), config)])
 
 
+def test_ranks_that_no_row_is_left_for_are_warned_of_with_both_numbers(caplog: pytest.LogCaptureFixture) -> None:
+    warn_of_idle_ranks(TrainingConfig(rows_per_step=4), 4)
+    warn_of_idle_ranks(TrainingConfig(rows_per_step=2, sequence_parallel=2), 4)
+    assert not caplog.records
+    warn_of_idle_ranks(TrainingConfig(rows_per_step=3), 8)
+    warn_of_idle_ranks(TrainingConfig(rows_per_step=1, sequence_parallel=2), 6)
+    assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
+    alone, in_groups = caplog.messages
+    assert alone.startswith("training.rows_per_step = 3 for 8 trainer ranks: 5 of them train nothing;")
+    assert alone.endswith("set it to a multiple of 8, or start at most 3 ranks")
+    assert in_groups.startswith(
+        "training.rows_per_step = 1 for 6 trainer ranks in groups of 2: 4 of them train nothing;"
+    )
+    assert in_groups.endswith("set it to a multiple of 3, or start at most 2 ranks")
+
+
 def evaluate_on_ranks(asked: Callable[[int, int], bool], close: Callable[[int, int], bool]) -> list[Any]:
     """Each rank's figures, or its error, and the rows it had; asked and close say of (rank, row) what happens there."""
     meeting, values = threading.Barrier(NUM_RANKS, timeout=10), {}
+    num_rows = 9  # of rank 0 five, of rank 1 four
 
     def evaluate(rank: int) -> tuple[Any, int]:
-        rows = []
+        rows: list[int] = []
 
         def gather(own: Any) -> list[Any]:
             values[rank] = own
             meeting.wait()
-            return [values[other] for other in range(NUM_RANKS)]
+            everyone = [values[other] for other in range(NUM_RANKS)]
+            meeting.wait()
+            return everyone
+
+        def agree_to_stop() -> bool:
+            return any(gather(bool(rows) and asked(rank, rows[-1])))
 
         @contextmanager
         def open_stream(num: int) -> Iterator[Iterator[int]]:
@@ -59,7 +83,7 @@ def evaluate_on_ranks(asked: Callable[[int, int], bool], close: Callable[[int, i
 
             yield share()
 
-        evaluation = HeldOutEvaluation({}, open_stream, 10, gather, lambda: asked(rank, rows[-1]))
+        evaluation = HeldOutEvaluation({}, open_stream, num_rows, NUM_RANKS, gather, agree_to_stop)
         try:
             return evaluation(0), len(rows)
         except StoppedError as error:
@@ -74,11 +98,13 @@ def never(rank: int, row: int) -> bool:
 
 
 def test_an_evaluation_that_one_rank_breaks_off_ends_on_all() -> None:
-    assert evaluate_on_ranks(asked=never, close=never) == [({}, 5), ({}, 5)]
+    assert evaluate_on_ranks(asked=never, close=never) == [({}, 5), ({}, 4)]
 
     def at_row_3(rank: int, row: int) -> bool:
         return row == 3
 
-    for cut in (evaluate_on_ranks(at_row_3, never), evaluate_on_ranks(never, at_row_3)):
+    asked, closed = evaluate_on_ranks(at_row_3, never), evaluate_on_ranks(never, at_row_3)
+    for cut in (asked, closed):
         assert [type(end) for end, _ in cut] == [StoppedError, StoppedError]
-        assert [num_rows for _, num_rows in cut] in ([5, 2], [5, 1]), "the other goes on to its end"
+    assert [num_rows for _, num_rows in asked] == [2, 2], "at the same turn"
+    assert [num_rows for _, num_rows in closed] == [5, 1], "the other hears of it at its end, or when it is asked to"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -18,7 +18,7 @@ from paceline.client.server_list import MakeConnection, ServerList
 from paceline.errors import DamagedError, DataError, ServerLostError, StoppedError
 from paceline.schema.features import Features, FeatureSpec
 from paceline.schema.layout import ReplyLayout, layout_bytes, reply_layout
-from paceline.schema.parts import WHOLE, part_reach, requested_part
+from paceline.schema.parts import WHOLE, num_supervised, part_range, part_reach
 from paceline.schema.protocol import ReplyHeader, TensorEntry
 from paceline.schema.recording import row_key
 from paceline.schema.rows import RowRequest
@@ -32,6 +32,16 @@ from paceline.transport.feature_bytes import unpack, unpack_tensors
 _NUM_THREADS = 4
 """Rows read at one time; more only compete for the disk."""
 _logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Pieces:
+    """What is kept of a recorded row."""
+
+    body_bytes: int
+    """Of the row without its head."""
+    places: Sequence[tuple[int, memoryview]]
+    """See `read_row`."""
 
 
 class RecordedConnection:
@@ -122,24 +132,25 @@ class RecordedConnection:
         place = self._recording.find(key)
         if place is None:
             raise self._lacks(request)
-        recorded = reply_layout(request, self._recording.spec, self._recording.info)
-        buffer = self._buffers.reserve(layout_bytes(recorded))
+        whole = replace(request, part=WHOLE)
+        spec, info = self._recording.spec, self._recording.info
+        kept = reply_layout(request, replace(spec, halo=self._specs[request.spec].halo), info, request.part)
+        buffer = self._buffers.reserve(layout_bytes(kept))
         try:
-            header = self._read(key, place, buffer)
-            whole = replace(request, part=WHOLE)
-            check_header(self.name, whole, self._recording.spec, self._recording.info, header)
-            return self._to_trainer.deliver(self._select(request, header, recorded, buffer))
+            header = self._read(key, place, _pieces_of_part(request, spec, info, kept, buffer.view))
+            check_header(self.name, whole, spec, info, header)
+            return self._to_trainer.deliver(self._select(request, header, kept, buffer))
         except BaseException:
             buffer.give_back()
             raise
 
-    def _read(self, key: str, place: RowPlace, buffer: HostBuffer) -> ReplyHeader:
+    def _read(self, key: str, place: RowPlace, pieces: _Pieces) -> ReplyHeader:
         try:
-            return _read_reply(key, place, buffer)
+            return _read_reply(key, place, pieces)
         except DamagedError as error:
             _logger.warning("%s; it is read again", error)
         try:
-            return _read_reply(key, place, buffer, from_disk=True)
+            return _read_reply(key, place, pieces, from_disk=True)
         except DamagedError as error:
             raise self._is_damaged(key, error) from error
 
@@ -157,15 +168,15 @@ class RecordedConnection:
             f"{error}; copy the file anew, or remove its entry from {self._recording.paths.manifest} and record again"
         )
 
-    def _select(self, request: RowRequest, header: ReplyHeader, recorded: ReplyLayout, buffer: HostBuffer) -> Incoming:
-        """The reply that was asked for, out of the one that was recorded; in `buffer` if they are the same."""
+    def _select(self, request: RowRequest, header: ReplyHeader, kept: ReplyLayout, buffer: HostBuffer) -> Incoming:
+        """The reply that was asked for, out of what was kept of the recorded one; in `buffer` if they are the same."""
         spec = self._specs[request.spec]
         layout = reply_layout(request, spec, self._recording.info, request.part)
-        if layout != recorded:
+        if layout != kept:
             selected = self._buffers.reserve(layout_bytes(layout))
-            part = requested_part(request, spec, unpack(header, recorded, buffer.memory))
-            _copy_selected(part, unpack_tensors(layout, selected.memory), spec, request)
-            del part  # views of the buffer, which is another row's next
+            source = unpack(header, kept, buffer.memory)
+            _copy_selected(source, unpack_tensors(layout, selected.memory), spec, request)
+            del source  # views of the buffer, which is another row's next
             buffer.give_back()
             buffer = selected
         asked = header.model_copy(
@@ -209,10 +220,33 @@ class RecordingBeside:
         return {**self._recorded, **self._servers.read()}
 
 
-def _read_reply(key: str, place: RowPlace, buffer: HostBuffer, *, from_disk: bool = False) -> ReplyHeader:
-    """Fill `buffer`; the header in front of it, which proves that it is the row of this key."""
-    head = bytearray(max(place.row.num_bytes - len(buffer.view), LENGTH_BYTES))
-    read_row(place, memoryview(head), buffer.view, from_disk=from_disk)
+def _pieces_of_part(
+    request: RowRequest, spec: FeatureSpec, info: TargetInfo, kept: ReplyLayout, memory: memoryview
+) -> _Pieces:
+    """Where the bytes of the wanted part lie in the recorded row, and where they belong in `memory`.
+
+    Args:
+        spec: what was recorded.
+        kept: places in `memory`.
+    """
+    whole = reply_layout(request, spec, info)
+    if request.part == WHOLE:
+        return _Pieces(layout_bytes(whole), [(0, memory)])
+    start, _ = part_range(len(request.tokens), request.part)
+    pieces = []
+    for name, tensor in kept.items():
+        of_supervised = name.startswith("final_") and spec.final_hidden == "supervised"
+        first = num_supervised(request.spans, 0, start) if of_supervised else start
+        recorded = whole[name]
+        row_bytes = recorded.num_bytes // max(1, recorded.shape[0])
+        pieces.append((recorded.offset + first * row_bytes, memory[tensor.offset : tensor.offset + tensor.num_bytes]))
+    return _Pieces(layout_bytes(whole), pieces)
+
+
+def _read_reply(key: str, place: RowPlace, pieces: _Pieces, *, from_disk: bool = False) -> ReplyHeader:
+    """Fill the pieces; the header in front of them, which proves that it is the row of this key."""
+    head = bytearray(max(place.row.num_bytes - pieces.body_bytes, LENGTH_BYTES))
+    read_row(place, memoryview(head), pieces.places, from_disk=from_disk)
     header = decode_reply_head(memoryview(head)[LENGTH_BYTES:])
     if header.row_hash != key:
         raise DamagedError(f"{place} is the row of hash {header.row_hash}, expected {key}")

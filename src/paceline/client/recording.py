@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,6 @@ from paceline.errors import ConfigError, DamagedError, DataError
 from paceline.schema.features import FeatureSpec, FinalHidden
 from paceline.schema.recording import RecordedRow, RecordedShard, RecordingDir, RecordingManifest, ShardRows
 from paceline.schema.target_info import TargetInfo
-from paceline.schema.wire import checksum
 
 _BLOCK_BYTES = 8 << 20
 _SERVED_BY: Mapping[FinalHidden, tuple[FinalHidden, ...]] = {
@@ -209,29 +208,38 @@ def file_checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
-def read_row(place: RowPlace, head: memoryview, body: memoryview, *, from_disk: bool = False) -> None:
-    """Fill `head` and `body` with the row's bytes, which lie one behind the other.
+def read_row(
+    place: RowPlace, head: memoryview, pieces: Sequence[tuple[int, memoryview]], *, from_disk: bool = False
+) -> None:
+    """Fill `head`, and pieces of what lies behind it, with the row's bytes.
+
+    All of the row is read, since its checksum is of all; what is in no piece is not kept.
 
     Args:
+        pieces: (bytes from the end of the head, memory), in their order on disk.
         from_disk: let the system forget what it keeps of them in memory first: that copy may be the damaged one.
 
     Raises:
         DamagedError: they cannot be read, or are not what was written; names file and row.
     """
     descriptor = -1
+    digest = xxhash.xxh3_64()
+    offset, behind_head = place.row.offset, place.row.offset + len(head)
     try:
         descriptor = os.open(place.file, os.O_RDONLY)
         if from_disk:
-            os.posix_fadvise(descriptor, place.row.offset, place.row.num_bytes, os.POSIX_FADV_DONTNEED)
-        offset = place.row.offset
-        for view in (head, body):
-            offset = _fill(descriptor, view, offset, place)
+            os.posix_fadvise(descriptor, offset, place.row.num_bytes, os.POSIX_FADV_DONTNEED)
+        for start, view in [(-len(head), head), *pieces]:
+            _read_past(descriptor, offset, behind_head + start, digest, place)
+            offset = _fill(descriptor, view, behind_head + start, place)
+            digest.update(view)
+        _read_past(descriptor, offset, place.row.offset + place.row.num_bytes, digest, place)
     except OSError as error:
         raise DamagedError(f"{place} cannot be read: {error.strerror}") from error
     finally:
         if descriptor >= 0:
             os.close(descriptor)
-    found = checksum(head, body)
+    found = digest.hexdigest()
     if found != place.row.checksum:
         raise DamagedError(f"{place} is damaged: checksum {found}, {place.row.checksum} was written")
 
@@ -245,6 +253,17 @@ def _fill(descriptor: int, view: memoryview, offset: int, place: RowPlace) -> in
         offset += num_read
         view = view[num_read:]
     return offset
+
+
+def _read_past(descriptor: int, offset: int, end: int, digest: xxhash.xxh3_64, place: RowPlace) -> None:
+    """Add the bytes of [offset, end) to the checksum, and keep none."""
+    if offset == end:
+        return
+    block = memoryview(bytearray(min(end - offset, _BLOCK_BYTES)))
+    while offset < end:
+        view = block[: end - offset]
+        offset = _fill(descriptor, view, offset, place)
+        digest.update(view)
 
 
 def _tokens(final_hidden: FinalHidden) -> str:

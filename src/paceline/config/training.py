@@ -28,8 +28,12 @@ class TrainingConfig(Config):
     sharding: Literal["none", "full"] = "none"
     """With several trainer ranks: "none" keeps all weights and optimizer state on each, "full" divides them (FSDP2)."""
     sequence_parallel: int = Field(1, ge=1, le=64)
-    """Ranks that train each row together, each with a part of its tokens; divides the number of trainer ranks and the
-    drafts' key/value heads. For rows too long for one GPU."""
+    """Ranks that train each row together, each with a part of its tokens; divides the number of trainer ranks. For rows
+    too long for one GPU."""
+    sequence_exchange: Literal["keys", "heads"] = "keys"
+    """What ranks that train a row together exchange for attention: "keys" gives each the keys and values of the whole
+    row, once; "heads" moves queries at every attention, needs less memory, and `sequence_parallel` must then divide the
+    drafts' heads and key/value heads."""
     dist_timeout_s: float = Field(1800.0, gt=0)
     """Trainer ranks that wait for each other longer than this end the run. Data is prepared, compiled and saved in
     such waits."""

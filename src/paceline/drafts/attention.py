@@ -18,17 +18,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paceline.drafts.sequence import Exchange
+from paceline.drafts.sequence import ALONE, Exchange
 
 _BLOCK = 128
 """Query and key block of flex_attention; its own default."""
+_DENSE_SCORES = 1 << 20
+"""Pairs of fewer than a block of queries and all keys that are scored at once on CUDA: 128 MB with 32 heads."""
 
 
 @dataclass(frozen=True, slots=True)
 class Visibility:
-    """For each query, the interval [first, end) of context keys it sees; end <= first sees none.
+    """For each query that this rank attends with, the interval [first, end) of context keys it sees.
 
-    With an exchange these are the queries of all ranks of a sequence-parallel group.
+    end <= first sees none. With `blocks` there may be more of them than queries: the last ones pad a block.
     """
 
     first: Tensor
@@ -37,17 +39,24 @@ class Visibility:
     """int64[Q]."""
     blocks: Any = None
     """flex_attention's BlockMask of the same intervals, where that backend is used."""
-    exchange: Exchange | None = None
-    """How the ranks of a sequence-parallel group have shared out the queries."""
+    exchange: Exchange = ALONE
+    """How the ranks of a sequence-parallel group bring queries and keys together."""
 
 
-def build_visibility(first: Tensor, end: Tensor, num_keys: int, exchange: Exchange | None = None) -> Visibility:
+def build_visibility(first: Tensor, end: Tensor, num_keys: int, exchange: Exchange = ALONE) -> Visibility:
     """Intervals with what the backend needs: block lists for flex_attention on CUDA.
 
-    On a CPU flex_attention has no backward pass; for a handful of queries (decoding) its blocks would be empty.
+    On a CPU flex_attention has no backward pass. A handful of queries (decoding, a part of a row with few slots) would
+    leave its blocks empty; where there are too many keys to score at once, they are padded to a block.
+
+    Args:
+        first, end: int64, of the queries of all ranks of `exchange`.
     """
-    if first.device.type != "cuda" or len(first) < _BLOCK:
+    first, end = first[exchange.attending], end[exchange.attending]
+    num_missing = max(0, _BLOCK - len(first))
+    if first.device.type != "cuda" or (num_missing and len(first) * num_keys <= _DENSE_SCORES):
         return Visibility(first, end, None, exchange)
+    first, end = (torch.nn.functional.pad(bounds, (0, num_missing)) for bounds in (first, end))
     return Visibility(first, end, _interval_blocks(first, end, num_keys), exchange)
 
 
@@ -56,22 +65,22 @@ def attend_context(q: Tensor, k: Tensor, v: Tensor, visible: Visibility) -> tupl
 
     Args:
         q: [Q, heads, head_dim]. k, v: [T, kv_heads, head_dim], kv_heads divides heads.
-            With an exchange: q are this rank's queries with all heads, k and v all keys with this rank's heads.
+            q are this rank's own queries; k and v what `Exchange.share_keys` has made of its own keys and values.
 
     Returns:
         out [Q, heads, head_dim] and the fp32 logsumexp [Q, heads] of the scores; a query that sees no key has
         out 0 and logsumexp -inf.
     """
-    if visible.exchange is None:
-        return _attend(q, k, v, visible)
-    out, lse = _attend(visible.exchange.to_heads(q), k, v, visible)
-    return visible.exchange.to_items(out), visible.exchange.to_items(lse)
+    return visible.exchange.attend(q, lambda queries: _attend(queries, k, v, visible))
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Visibility) -> tuple[Tensor, Tensor]:
     if visible.blocks is not None:
+        num_queries = len(q)
+        if len(visible.first) > num_queries:
+            q = torch.nn.functional.pad(q, (0, 0, 0, 0, 0, len(visible.first) - num_queries))
         out, lse = _flex()(q.transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None], visible.blocks)
-        return out[0].transpose(0, 1), lse[0].transpose(0, 1)
+        return out[0].transpose(0, 1)[:num_queries], lse[0].transpose(0, 1)[:num_queries]
     return _attend_dense(q, k, v, visible)
 
 
@@ -83,8 +92,10 @@ def _attend_dense(q: Tensor, k: Tensor, v: Tensor, visible: Visibility) -> tuple
     for start in range(0, len(q), _BLOCK):
         part = slice(start, start + _BLOCK)
         first, end = visible.first[part], visible.end[part]
-        low = min(*first.tolist(), len(k) - 1)
-        keys = slice(low, max(*end.tolist(), low + 1))
+        # Padded queries see nothing, wherever they say: they must not widen the range.
+        seen = end > first
+        low = int(torch.where(seen, first, len(k) - 1).min())
+        keys = slice(low, max(low + 1, int(torch.where(seen, end, 0).max())))
         out, lse = _attend_block(q[part], k[keys], v[keys], first - low, end - low)
         outs.append(out)
         lses.append(lse)

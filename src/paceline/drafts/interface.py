@@ -102,7 +102,7 @@ class DraftAlgorithm(ABC):
     first_start: int
     """Least index in its document at which a step may start: 1 for EAGLE-3, 0 for DFlash."""
     shares_rows: ClassVar[bool] = False
-    """Whether `loss` takes parts of rows, and exchanges what they lack with `context.sequence`."""
+    """Whether `loss` and `propose` take parts of rows, and exchange what they lack with `context.sequence`."""
 
     @classmethod
     @abstractmethod
@@ -131,7 +131,10 @@ class DraftAlgorithm(ABC):
 
     @abstractmethod
     def propose(self, row: FeatureRow, starts: Tensor) -> Tensor:
-        """What the draft would propose, on its own tokens, at many places of a whole row at once.
+        """What the draft would propose, on its own tokens, at many places of a row at once.
+
+        Of a part of a row all ranks of its group call this at the same time, each with `starts` of its own: p -
+        `first_start` is one of the part's tokens. There may be none.
 
         Args:
             starts: int64[S] row indices p (on the draft's device): the newest known token is x_p and the

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -31,19 +32,23 @@ class HeldOutEvaluation:
         drafts: Mapping[str, DraftAlgorithm],
         open_stream: Callable[[int], Any],
         num_rows: int,
+        num_shares: int = 1,
         gather: Callable[[Any], list[Any]] = lambda own: [own],
-        asked_to_stop: Callable[[], bool] = lambda: False,
+        agree_to_stop: Callable[[], bool] = lambda: False,
     ) -> None:
         """
         Args:
-            open_stream: of n, gives a fresh stream of this rank's share of the first n held-out rows.
+            open_stream: of n, gives a fresh stream of this rank's share of the first n held-out rows, or of its parts
+                of them.
+            num_shares: which there are of the rows; no rank's has more than ceil(n / num_shares).
             gather: what all ranks have, by rank.
-            asked_to_stop: whether this rank was asked to end; looked at before every row.
+            agree_to_stop: whether any rank was asked to end, the same answer on all of them; asked before every row.
         """
-        self._gather, self._asked_to_stop = gather, asked_to_stop
+        self._gather, self._agree_to_stop = gather, agree_to_stop
         self._drafts = dict(drafts)
         self._open_stream = open_stream
         self._num_rows = num_rows
+        self._num_turns = math.ceil(num_rows / num_shares)
 
     def __call__(self, step: int) -> dict[str, dict[str, Any]]:
         """Figures of every draft: those of `WalkSums.result`, "loss", and "accuracy" and "loss" per position.
@@ -54,27 +59,31 @@ class HeldOutEvaluation:
             StoppedError: on every rank, since one of them was asked to end.
         """
         del step
-        try:
-            own = self._own_sums()
-        except StoppedError:  # the others are told, or they would wait for this rank
-            own = None
-        everyone = self._gather(own)
+        everyone = self._gather(self._own_sums())
         if any(sums is None for sums in everyone):
             raise StoppedError("the evaluation was cut short by request")
         return {name: _figures(*_of_all_ranks([sums[name] for sums in everyone])) for name in self._drafts}
 
-    def _own_sums(self) -> dict[str, tuple[WalkSums, dict[str, Tensor]]]:
-        """By draft, over this rank's rows; on the host."""
+    def _own_sums(self) -> dict[str, tuple[WalkSums, dict[str, Tensor]]] | None:
+        """By draft, over this rank's rows, on the host; None if its stream was closed, since it was asked to end."""
         walks = {name: WalkSums(draft.num_drafted) for name, draft in self._drafts.items()}
         sums: dict[str, dict[str, Tensor]] = {name: {} for name in self._drafts}
+        is_closed = False
         with self._open_stream(self._num_rows) as stream:
-            for row in stream:
-                if self._asked_to_stop():
+            rows = iter(stream)
+            for _ in range(self._num_turns):
+                if self._agree_to_stop():
                     raise StoppedError("asked to end in an evaluation")
+                try:
+                    row = next(rows, None)
+                except StoppedError:  # the others would wait for this rank's answers
+                    row, is_closed = None, True
+                if row is None:
+                    continue
                 for name, draft in self._drafts.items():
                     walks[name] = walks[name] + walk_row(draft, row)
                     _add_loss(sums[name], draft, row)
-        return {name: (walks[name], _on_host(sums[name])) for name in self._drafts}
+        return None if is_closed else {name: (walks[name], _on_host(sums[name])) for name in self._drafts}
 
 
 def _add_loss(sums: dict[str, Tensor], draft: DraftAlgorithm, row: FeatureRow) -> None:

@@ -15,8 +15,10 @@ import numpy as np
 import torch
 
 from paceline.drafts.interface import DraftAlgorithm
+from paceline.drafts.sequence import gather_tokens, sequence_of
 from paceline.errors import ConfigError
 from paceline.schema.features import FeatureRow
+from paceline.schema.parts import WHOLE, Part, part_range
 from paceline.schema.rows import Row
 
 _STARTS_PER_CALL = 1024
@@ -129,16 +131,23 @@ def candidate_starts(row: Row, num_drafted: int, first_start: int) -> np.ndarray
 def walk_spans(
     row: Row, greedy: np.ndarray, starts: np.ndarray, proposals: np.ndarray, first_start: int
 ) -> list[list[Step]]:
-    """The steps of each span.
+    """The steps of each span of a whole row.
 
     Args:
         greedy: int[T], the target's argmax token after each token of the row.
         starts: int64[S] from `candidate_starts`.
         proposals: int64[S, K], what the draft proposes for x_{p+1} .. x_{p+K} at each start p.
     """
-    num_drafted = proposals.shape[1]
     accepted = np.full(row.num_tokens, -1, np.int64)
-    accepted[starts] = _right_before_first_wrong(row.tokens, greedy, starts, proposals)
+    accepted[starts] = _right_before_first_wrong(row.tokens, greedy, 0, starts, proposals)
+    return _steps_of_spans(row, accepted, proposals.shape[1], first_start)
+
+
+def _steps_of_spans(row: Row, accepted: np.ndarray, num_drafted: int, first_start: int) -> list[list[Step]]:
+    """
+    Args:
+        accepted: int64[T], leading predictions of a step from each token that are right; -1 where none starts.
+    """
     steps_of_spans = []
     for (start, end), cut in zip(walked_spans(row, first_start), row.span_cut, strict=True):
         steps: list[Step] = []
@@ -152,39 +161,69 @@ def walk_spans(
 
 
 def _right_before_first_wrong(
-    tokens: np.ndarray, greedy: np.ndarray, starts: np.ndarray, proposals: np.ndarray
+    tokens: np.ndarray, greedy: np.ndarray, begin: int, starts: np.ndarray, proposals: np.ndarray
 ) -> np.ndarray:
-    """int64[S]: leading predictions that equal both the text and the target's greedy token."""
+    """int64[S]: leading predictions that equal both the text and the target's greedy token.
+
+    Args:
+        greedy: int[n], of tokens from `begin` on.
+    """
     places = starts[:, None] + np.arange(1, proposals.shape[1] + 1)
     inside = places < len(tokens)
     places = np.minimum(places, len(tokens) - 1)
+    assert not places.size or places.max() - 1 - begin < len(greedy), "the halo holds what is accepted behind a part"
     text = tokens[places]
-    right = inside & (proposals == text) & (greedy[places - 1] == text)
+    right = inside & (proposals == text) & (greedy[places - 1 - begin] == text)
     leading: np.ndarray = np.cumprod(right, axis=1, dtype=np.int64).sum(axis=1)
     return leading
 
 
 @torch.no_grad()
-def propose_everywhere(algorithm: DraftAlgorithm, row: FeatureRow, starts: np.ndarray) -> np.ndarray:
+def _propose_everywhere(algorithm: DraftAlgorithm, row: FeatureRow, starts: np.ndarray, num_calls: int) -> np.ndarray:
     """int64[S, K]: the draft's proposals at all `starts`, a bounded number of them at a time."""
     device = row.features.hidden.device
-    parts = [
-        algorithm.propose(row, torch.from_numpy(starts[i : i + _STARTS_PER_CALL]).to(device)).cpu().numpy()
-        for i in range(0, len(starts), _STARTS_PER_CALL)
-    ]
-    return np.concatenate(parts) if parts else np.zeros((0, algorithm.num_drafted), np.int64)
+    proposals = [np.zeros((0, algorithm.num_drafted), np.int64)]
+    for begin in range(0, num_calls * _STARTS_PER_CALL, _STARTS_PER_CALL):
+        some = torch.from_numpy(starts[begin : begin + _STARTS_PER_CALL]).to(device)
+        proposals.append(algorithm.propose(row, some).cpu().numpy())
+    return np.concatenate(proposals)
+
+
+def _accepted_from_each_token(algorithm: DraftAlgorithm, row: FeatureRow) -> np.ndarray:
+    """int64[T]: leading predictions of a step from each token that are right; -1 where none starts.
+
+    Of a part of a row each rank proposes at the starts that are its own, and is told what the others found. All make as
+    many calls: they exchange keys in each.
+    """
+    first_start, num_tokens = algorithm.first_start, row.row.num_tokens
+    starts = candidate_starts(row.row, algorithm.num_drafted, first_start)
+    begin, end = row.token_range
+    part = row.features.part
+    begins = [part_range(num_tokens, Part(index, part.count))[0] for index in range(part.count)]
+    bounds = np.searchsorted(starts - first_start, [*begins, num_tokens])
+    own = starts[bounds[part.index] : bounds[part.index + 1]]
+    num_calls = -(-int(np.diff(bounds).max()) // _STARTS_PER_CALL)
+    proposals = _propose_everywhere(algorithm, row, own, num_calls)
+    found = np.full(end - begin, -1, np.int64)
+    found[own - first_start - begin] = _right_before_first_wrong(row.row.tokens, _greedy_of(row), begin, own, proposals)
+    sequence = sequence_of(row, algorithm.context.sequence) if part != WHOLE else None
+    on_device = torch.from_numpy(found).to(row.features.hidden.device)
+    everywhere = gather_tokens(on_device, num_tokens, sequence).cpu().numpy()
+    accepted = np.full(num_tokens, -1, np.int64)
+    accepted[first_start:] = everywhere[: num_tokens - first_start]
+    return accepted
 
 
 def walk_feature_row(algorithm: DraftAlgorithm, row: FeatureRow) -> list[list[Step]]:
-    """The steps of each span of a row with its features; see `walk_row`."""
-    greedy = _greedy_of(row)
-    starts = candidate_starts(row.row, algorithm.num_drafted, algorithm.first_start)
-    proposals = propose_everywhere(algorithm, row, starts)
-    return walk_spans(row.row, greedy, starts, proposals, algorithm.first_start)
+    """The steps of each span of a row with its features, or with those of a part; see `walk_row`."""
+    accepted = _accepted_from_each_token(algorithm, row)
+    return _steps_of_spans(row.row, accepted, algorithm.num_drafted, algorithm.first_start)
 
 
 def walk_row(algorithm: DraftAlgorithm, row: FeatureRow) -> WalkSums:
     """Sums of the serving walk over one held-out row.
+
+    Of a part of a row they are this rank's share: those of the ranks of a group, which all call this, add up.
 
     Raises:
         ConfigError: the features were captured without greedy tokens.
@@ -193,15 +232,18 @@ def walk_row(algorithm: DraftAlgorithm, row: FeatureRow) -> WalkSums:
 
 
 def sum_walk(algorithm: DraftAlgorithm, row: FeatureRow, steps_of_spans: list[list[Step]]) -> WalkSums:
-    """Sums over the steps that `walk_feature_row` gave for `row`."""
+    """Sums over the steps that `walk_feature_row` gave for `row`; of a part, this rank's share."""
     sums = WalkSums(algorithm.num_drafted)
-    for steps in steps_of_spans:
-        sums.add_steps(steps)
-    greedy = _greedy_of(row)
+    if row.features.part.index == 0:  # every rank of a group knows all steps
+        for steps in steps_of_spans:
+            sums.add_steps(steps)
+    greedy, (begin, stop) = _greedy_of(row), row.token_range
     for start, end in walked_spans(row.row, algorithm.first_start):
-        if start < end:
-            sums.positions += int(end - 1 - start)
-            sums.greedy_matches += int((greedy[start : end - 1] == row.row.tokens[start + 1 : end]).sum())
+        first, last = max(int(start), begin), min(int(end) - 1, stop)
+        if first < last:
+            sums.positions += last - first
+            text = row.row.tokens[first + 1 : last + 1]
+            sums.greedy_matches += int((greedy[first - begin : last - begin] == text).sum())
     return sums
 
 

@@ -111,17 +111,17 @@ def assemble_trainer(
         stack.callback(stream.close)
 
         def open_eval_stream(num: int) -> FeatureStream:
-            # Whole rows, also on ranks that train parts: a walk reads all of a row.
-            own = range(ranks.rank, num, ranks.num_ranks)
-            return open_stream(eval_rows.row, spec=EVALUATION, positions=own, own_rows=1)
+            own = range(ranks.data_rank, num, ranks.num_data_ranks)
+            return open_stream(eval_rows.row, spec=EVALUATION, positions=own, part=part, own_rows=1)
 
         limit = config.training.max_eval_rows or eval_rows.num_rows
         evaluate = HeldOutEvaluation(
             drafts,
             open_eval_stream,
             min(limit, eval_rows.num_rows),
+            ranks.num_data_ranks,
             ranks.gather,
-            asked_to_stop=lambda: ranks.asked_to_stop,
+            ranks.agree_to_stop_soon,
         )
         yield TrainerParts(drafts, stream, num_rows, evaluate, pool)
 
@@ -132,7 +132,8 @@ def _build_drafts(
     dtype = getattr(torch, config.training.dtype)
     sequence = None
     if ranks.sequence_group is not None:
-        sequence = SequenceGroup(ranks.sequence_group, ranks.part, ranks.sequence_parallel)
+        exchange = config.training.sequence_exchange
+        sequence = SequenceGroup(ranks.sequence_group, ranks.part, ranks.sequence_parallel, exchange)
     counts, weights = prepared.token_counts, target.weights
     drafts = {
         name: build_draft(config, name, target.info, weights, counts, device, dtype, sequence) for name in config.drafts

@@ -182,9 +182,11 @@ def _memory(
     held = max(1.0, min(transport.prefetch_rows + 1.0, transport.prefetch_bytes / row_bytes)) * row_bytes
     ranks = placement.num_trainers if config.training.sharding == "full" else 1
     # Activations of several drafts never exist together: one after the other trains on a row.
-    # A group of ranks that trains a row together shares it out.
-    trainer = held + max(work.activation_bytes for work in drafts.values())
-    trainer /= config.training.sequence_parallel
+    # A group of ranks that trains a row together shares it out, but for the keys that all of them have.
+    training = config.training
+    trainer = (held + max(work.activation_bytes for work in drafts.values())) / training.sequence_parallel
+    if training.sequence_exchange == "keys":
+        trainer += max(work.keys_bytes for work in drafts.values()) * (1 - 1 / training.sequence_parallel)
     trainer += sum((work.weight_bytes + work.state_bytes) / ranks + work.frozen_bytes for work in drafts.values())
     if target is None:
         return {"trainer": trainer}

@@ -47,6 +47,7 @@ _MAY_CHANGE = (
     "training.max_eval_rows",
     "training.num_threads",
     "training.profile",
+    "training.sequence_exchange",
     "training.sequence_parallel",
     "training.sharding",
     "training.shutdown_grace_s",

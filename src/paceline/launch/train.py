@@ -17,6 +17,7 @@ from rich.console import Console
 
 from paceline.config.run import RunConfig
 from paceline.config.run_dir import RunDir
+from paceline.config.training import TrainingConfig
 from paceline.errors import RunDirectoryError
 from paceline.launch.assemble import TrainerParts, assemble_trainer
 from paceline.launch.prepare import prepare_data
@@ -83,11 +84,30 @@ def train_as_child(
         ranks.gather(None)  # the others find what the first has written
         run = recall_run(paths)
         check_ranks_alike(ranks.gather(facts_of_rank(run, config)))
+        if ranks.is_first:
+            warn_of_idle_ranks(config.training, ranks.num_ranks)
         access = open_access(config, signals.stop, token_file, rank)
         prepared = ranks.first_then_others(lambda: prepare_data(config, paths, target_facts(config, access)))
         parts = stack.enter_context(assemble_trainer(config, prepared, access, ranks))
         _let_go_on_stop(parts, signals, ranks)
         return _run_trainer(config, run, parts, ranks, console)
+
+
+def warn_of_idle_ranks(training: TrainingConfig, num_ranks: int) -> None:
+    """Say so if a step has too few rows for every rank to have one."""
+    num_busy = training.rows_per_step * training.sequence_parallel
+    if num_busy < num_ranks:
+        groups = f" in groups of {training.sequence_parallel}" if training.sequence_parallel > 1 else ""
+        logger.warning(
+            "training.rows_per_step = %d for %d trainer ranks%s: %d of them train nothing; set it to a multiple of %d, "
+            "or start at most %d ranks",
+            training.rows_per_step,
+            num_ranks,
+            groups,
+            num_ranks - num_busy,
+            num_ranks // training.sequence_parallel,
+            num_busy,
+        )
 
 
 def _meet(config: RunConfig, signals: StopSignals, rendezvous: Rendezvous) -> AbstractContextManager[Ranks]:

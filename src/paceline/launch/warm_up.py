@@ -39,8 +39,10 @@ def compile_drafts(drafts: Mapping[str, DraftAlgorithm], row_tokens: int) -> Non
             algorithm.loss(row).total.backward()
             algorithm.draft.zero_grad(set_to_none=True)
             with torch.no_grad():
-                # Held-out rows are evaluated whole, also by a rank that trains parts.
-                row = row if sequence is None else fixed_row(algorithm, num_tokens)
                 algorithm.loss(row)
-                algorithm.propose(row, torch.arange(1, num_tokens, device=algorithm.context.device))
+                begin, end = row.token_range
+                starts = torch.arange(
+                    max(1, begin + algorithm.first_start), min(num_tokens, end + algorithm.first_start)
+                )
+                algorithm.propose(row, starts.to(algorithm.context.device))
         logger.info("draft %s: compiled in %.0f s", name, time.monotonic() - begin)

@@ -75,6 +75,8 @@ class DraftWork:
     """Parts of the target the trainer holds for it: embedding and head."""
     activation_bytes: float
     """A row, kept for the backward pass."""
+    keys_bytes: float
+    """Keys and values of a row's tokens, in bf16, and their gradients."""
     update_bytes: float
     """Read and written by an optimizer step."""
 
@@ -155,6 +157,7 @@ def _eagle3_work(config: Eagle3Config, info: TargetInfo, workload: Workload) -> 
         num_weights=weights,
         frozen_bytes=2.0 * (info.vocab_size * hidden + head),
         activation_bytes=slots * 2.0 * (3 * shape.intermediate_size + 16 * hidden),
+        keys_bytes=workload.row_tokens * 8.0 * shape.num_kv_heads * shape.head_dim,
         update_bytes=_UPDATE_BYTES * weights,
     )
 
@@ -178,6 +181,7 @@ def _dflash_work(config: DFlashConfig, info: TargetInfo, workload: Workload) -> 
         num_weights=weights,
         frozen_bytes=2.0 * 2 * info.vocab_size * hidden,
         activation_bytes=slots * workload.row_tokens * num_layers * 2.0 * (3 * sizes.intermediate_size + 7 * hidden),
+        keys_bytes=workload.row_tokens * num_layers * 8.0 * sizes.num_kv_heads * sizes.head_dim,
         update_bytes=_UPDATE_BYTES * weights,
     )
 

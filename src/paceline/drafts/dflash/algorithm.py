@@ -18,7 +18,7 @@ from paceline.drafts.head_loss import Head, hard_cross_entropy
 from paceline.drafts.interface import DraftAlgorithm, DraftContext, DraftDecoder, LossTerms
 from paceline.drafts.layers import Rotary, init_weights
 from paceline.drafts.published import check_names, read_published
-from paceline.drafts.sequence import Exchange, exchange_tokens, sequence_of
+from paceline.drafts.sequence import gather_tokens, open_exchange, sequence_of
 from paceline.drafts.upload import upload
 from paceline.errors import ConfigError
 from paceline.schema.features import FeatureRow, FeatureSpec
@@ -37,7 +37,9 @@ class DFlash(DraftAlgorithm):
 
     @classmethod
     def feature_spec(cls, config: DraftConfig, info: TargetInfo, evaluation: bool = False) -> FeatureSpec:
-        return FeatureSpec(derive_settings(_own(config), info).layers, "none", greedy=evaluation)
+        # The last of a part's B - 1 proposals are held against greedy tokens behind the part.
+        halo = _own(config).block_size if evaluation else 0
+        return FeatureSpec(derive_settings(_own(config), info).layers, "none", greedy=evaluation, halo=halo)
 
     def __init__(self, config: DraftConfig, context: DraftContext) -> None:
         self.config, self.context = _own(config), context
@@ -94,11 +96,15 @@ class DFlash(DraftAlgorithm):
 
     @torch.no_grad()
     def propose(self, row: FeatureRow, starts: Tensor) -> Tensor:
-        assert sequence_of(row, None) is None, "proposals are made for whole rows"
         documents = upload(row.row.documents, starts.device)
         first = documents[torch.searchsorted(documents, starts, right=True) - 1]
         tokens = upload(row.row.tokens, starts.device)[starts]
-        return self._blocks.propose(tokens, first, starts, self._read_context(row))
+        sequence, num_tokens = sequence_of(row, self.context.sequence), row.row.num_tokens
+        context = [
+            (gather_tokens(k, num_tokens, sequence), gather_tokens(v, num_tokens, sequence))
+            for k, v in self._read_context(row)
+        ]
+        return self._blocks.propose(tokens, first, starts, context)
 
     def decoder(self) -> DraftDecoder:
         return DFlashDecoder(self._blocks)
@@ -128,12 +134,9 @@ class DFlash(DraftAlgorithm):
             plans: the blocks of each part of the row.
         """
         device, num_tokens = self.context.device, row.row.num_tokens
-        context, exchange = self._read_context(row), None
-        sequence = sequence_of(row, self.context.sequence)
-        if sequence is not None:
-            tokens = exchange_tokens(sequence, num_tokens)
-            context = [(tokens.to_heads(k), tokens.to_heads(v)) for k, v in context]
-            exchange = Exchange(sequence, tuple(len(plan) * self.config.block_size for plan in plans))
+        num_slots = [len(plan) * self.config.block_size for plan in plans]
+        exchange = open_exchange(row, self.context.sequence, num_slots)
+        context = [(exchange.share_keys(k), exchange.share_keys(v)) for k, v in self._read_context(row)]
         inputs = self._blocks.block_inputs(upload(row.row.tokens[plans[row.features.part.index].anchors], device))
         geometry = self.draft.place_blocks(
             upload(np.concatenate([plan.first for plan in plans]), device),

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from paceline.drafts.attention import Visibility, attend_context, build_visibility, merge_own
 from paceline.drafts.layers import RMSNorm, Rotary, SwiGLU, rotate
-from paceline.drafts.sequence import Exchange
+from paceline.drafts.sequence import ALONE, Exchange
 
 CosSin = tuple[Tensor, Tensor]
 KeysValues = tuple[Tensor, Tensor]
@@ -190,15 +190,14 @@ class DFlashDraft(nn.Module):
         return [self._piece(_context_keys)(layer, c, cos_sin) for layer in self._decoder_layers()]
 
     def place_blocks(
-        self, first: Tensor, anchors: Tensor, num_keys: int, dtype: torch.dtype, exchange: Exchange | None = None
+        self, first: Tensor, anchors: Tensor, num_keys: int, dtype: torch.dtype, exchange: Exchange = ALONE
     ) -> BlockGeometry:
         """Geometry of blocks.
 
         Args:
             first: int64[A], context key where the anchor's document starts. anchors: int64[A], also context keys.
             num_keys: T.
-            exchange: of the blocks' slots, where a sequence-parallel group has shared them out; `first` and `anchors`
-                are then those of all ranks.
+            exchange: `first` and `anchors` are those of the blocks of all its ranks.
         """
         size = self.sizes.block_size
         slots = torch.arange(size, device=anchors.device)
@@ -211,7 +210,7 @@ class DFlashDraft(nn.Module):
                 begin = torch.maximum(starts, starts + positions - window + 1)
             visible[window] = build_visibility(begin, ends, num_keys, exchange)
             own_bias[window] = _own_bias(size, window, anchors.device)
-        cos, sin = self._rotary(positions if exchange is None else positions[exchange.own], dtype)
+        cos, sin = self._rotary(positions[exchange.own], dtype)
         return BlockGeometry((cos.unflatten(0, (-1, size)), sin.unflatten(0, (-1, size))), visible, own_bias)
 
     def forward(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, ClassVar
 
 import torch
@@ -21,7 +20,7 @@ from paceline.drafts.interface import DraftAlgorithm, DraftContext, LossTerms
 from paceline.drafts.layers import Rotary, init_weights
 from paceline.drafts.layers_spec import choose_layers
 from paceline.drafts.published import read_published
-from paceline.drafts.sequence import Exchange, SequenceGroup, exchange_tokens, sequence_of
+from paceline.drafts.sequence import gather_tokens, open_exchange, sequence_of
 from paceline.drafts.upload import upload
 from paceline.drafts.vocabulary import DraftVocabulary
 from paceline.errors import ConfigError
@@ -43,12 +42,13 @@ class Eagle3(DraftAlgorithm):
     def feature_spec(cls, config: DraftConfig, info: TargetInfo, evaluation: bool = False) -> FeatureSpec:
         """Captured layers and greedy tokens; for training also the final hidden state of supervised tokens.
 
-        Slot t is taught by the states of tokens up to t + K: a part's last slots need what lies behind their part.
+        Slot t is taught by the states of tokens up to t + K, and its proposals are held against greedy tokens as far:
+        a part's last slots need what lies behind their part.
         """
         layers = choose_layers(config.target_layers, layout.default_layers(info.num_layers), info, at_least=2)
-        if evaluation:
-            return FeatureSpec(layers=layers, greedy=True)
         halo = _own(config).num_depths + 1
+        if evaluation:
+            return FeatureSpec(layers=layers, greedy=True, halo=halo)
         return FeatureSpec(layers=layers, final_hidden="supervised", greedy=True, halo=halo)
 
     def __init__(self, config: DraftConfig, context: DraftContext) -> None:
@@ -111,12 +111,14 @@ class Eagle3(DraftAlgorithm):
 
     def propose(self, row: FeatureRow, starts: Tensor) -> Tensor:
         """Chains of argmax tokens, each slot reading its own proposals."""
-        assert sequence_of(row, None) is None, "proposals are made for whole rows"
         slots = starts - 1
         context, tokens, positions = self._read_row(row)
+        sequence = sequence_of(row, self.context.sequence)
+        context = context.share(lambda own: gather_tokens(own, len(tokens), sequence))
         document_start = upload(row.row.documents, slots.device)
         document = torch.searchsorted(document_start, slots, right=True) - 1
         visible = build_visibility(document_start[document], slots + 1, len(tokens))
+        slots = slots - row.token_range[0]
         states = self.draft.first_depth(context, slots, positions, visible)
         return self.draft_chain(states, positions[slots], context, visible)
 
@@ -158,9 +160,8 @@ class Eagle3(DraftAlgorithm):
     def _unroll_taught(self, row: FeatureRow, plan: SlotPlan) -> Tensor:
         """[K * S, H]: normed states of every depth, each slot reading the text's own tokens."""
         context, tokens, positions = self._read_row(row)
-        sequence, exchange = sequence_of(row, self.context.sequence), None
-        if sequence is not None:
-            context, exchange = _exchange_keys(context, sequence, len(tokens)), Exchange(sequence, plan.counts)
+        exchange = open_exchange(row, self.context.sequence, plan.counts)
+        context = context.share(exchange.share_keys)
         visible = build_visibility(plan.document_start, plan.seen_end, len(tokens), exchange)
         slots = plan.slots - row.token_range[0]
         states = self._run(self.draft.first_depth, context, slots, positions, visible)
@@ -201,12 +202,6 @@ def _own(config: DraftConfig) -> Eagle3Config:
     if not isinstance(config, Eagle3Config):
         raise ConfigError(f"an eagle3 draft was given the configuration of {type(config).__name__}")
     return config
-
-
-def _exchange_keys(context: Context, sequence: SequenceGroup, num_tokens: int) -> Context:
-    """The context with this rank's heads of all tokens' keys and values, in the place of all heads of its tokens'."""
-    tokens = exchange_tokens(sequence, num_tokens)
-    return dataclasses.replace(context, keys=tokens.to_heads(context.keys), values=tokens.to_heads(context.values))
 
 
 def eagle3_shape(config: Eagle3Config, info: TargetInfo, num_states: int, vocabulary: DraftVocabulary) -> Eagle3Shape:

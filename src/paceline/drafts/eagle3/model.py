@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ class Eagle3Shape:
 class Context:
     """Depth 0 of every token of a row, of one part of it, or of a text so far.
 
-    Under sequence parallelism keys and values are exchanged: those of the whole row, of this rank's heads.
+    Under sequence parallelism keys and values are shared: those of the whole row, of all heads or of this rank's.
     """
 
     states: Tensor
@@ -47,6 +48,10 @@ class Context:
     """[T, kv_heads, head_dim], rotated."""
     values: Tensor
     """[T, kv_heads, head_dim]."""
+
+    def share(self, share_keys: Callable[[Tensor], Tensor]) -> Context:
+        """With what the ranks that train the row together make of its keys and values."""
+        return dataclasses.replace(self, keys=share_keys(self.keys), values=share_keys(self.values))
 
 
 class _Attention(nn.Module):
