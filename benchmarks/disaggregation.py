@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import shlex
 import signal
 import statistics
 import subprocess
@@ -123,14 +124,14 @@ def row_at(lengths: list[int], share: float, vocab: int) -> Callable[[int], Row]
 
 
 @contextlib.contextmanager
-def serve(model: str, devices: list[str], compile_layers: bool) -> Iterator[list[str]]:
-    """URLs of servers, one a device, while the block runs."""
+def serve(model: str, devices: list[str], words: list[str]) -> Iterator[list[str]]:
+    """URLs of servers, one a device, started with these words besides, while the block runs."""
     with tempfile.TemporaryDirectory() as private:
         processes, files = [], []
         for number, device in enumerate(devices):
             file = Path(private) / f"{number}.json"
-            words = ["serve", model, "--port", "0", "--device", device, "--ready-file", str(file)]
-            command = [sys.executable, "-m", "paceline.cli", *words, *(["--compile"] if compile_layers else [])]
+            where = ["--port", "0", "--device", device, "--ready-file", str(file)]
+            command = [sys.executable, "-m", "paceline.cli", "serve", model, *where, *words]
             processes.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT))
             files.append(file)
         try:
@@ -331,6 +332,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--long-steps", type=int, default=0, help="steps of one more measurement with most look-ahead")
     parser.add_argument("--eager", action="store_true", help="compile neither target nor drafts")
+    parser.add_argument("--server-words", help='of `paceline serve` instead of --compile: "--engine vllm -- --seed 1"')
     parser.add_argument("--placements", nargs="+", default=["remote", "inline"])
     arguments = parser.parse_args()
     device = torch.device(arguments.trainer_device)
@@ -339,7 +341,9 @@ def main() -> None:
     benches: list[Bench] = []
     print("| " + " | ".join(HEADINGS) + " |\n|" + "---|" * len(HEADINGS), flush=True)
     if "remote" in arguments.placements:
-        with serve(arguments.model, arguments.server_devices, not arguments.eager) as urls:
+        words = shlex.split(arguments.server_words) if arguments.server_words else []
+        words = words or ([] if arguments.eager else ["--compile"])
+        with serve(arguments.model, arguments.server_devices, words) as urls:
             connection = RemoteConnection(urls[0], TransportConfig(kind="http"), PoolConfig(), device)
             benches = build_benches(arguments, connection.info(), device)
             connection.close()

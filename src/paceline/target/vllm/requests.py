@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
-import http.client
-import json
-import socket
-import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
@@ -18,21 +12,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from paceline.errors import CaptureMismatchError, TargetError, TransportError
+from paceline.target.engines.http_calls import EngineCalls
 from paceline.target.engines.interface import CapturedDocument
 from paceline.target.vllm.server import VLLMAddress
 
 _LONGEST_RECHECK_S = 0.02
-_HEALTH_S = 5.0
 
 
 class VLLMRequests:
     """Documents through one server (`target.engines.interface.DocumentServer`)."""
 
-    def __init__(self, address: VLLMAddress, timeout_s: float = 600.0) -> None:
+    def __init__(self, address: VLLMAddress) -> None:
         """Ask the server what it serves.
-
-        Args:
-            timeout_s: for one document.
 
         Raises:
             TransportError: it does not answer.
@@ -40,12 +31,9 @@ class VLLMRequests:
         """
         self.name = f"vLLM at {address.url}"
         self.layers = address.layers
-        self._address = address
-        self._timeout_s = timeout_s
-        self._lock = threading.Lock()
-        self._open: set[http.client.HTTPConnection] = set()
-        self._closed = False
-        served = self._call("GET", "/v1/models", None)["data"][0]
+        self._directory = address.directory
+        self._calls = EngineCalls(self.name, address.url, address.api_key)
+        served = self._calls.call("GET", "/v1/models")["data"][0]
         self._model: str = served["id"]
         self.max_tokens: int = served["max_model_len"] - 1
         """Of one document: vLLM wants room for one token more."""
@@ -59,7 +47,7 @@ class VLLMRequests:
             TargetError: the server refused.
         """
         sent = tokens.tolist()
-        deadline = time.monotonic() + self._timeout_s
+        deadline = time.monotonic() + self._calls.timeout_s
         body = {
             "model": self._model,
             "prompt": sent,
@@ -69,7 +57,7 @@ class VLLMRequests:
             "ignore_eos": True,
             "return_token_ids": True,
         }
-        answer = self._call("POST", "/v1/completions", body)
+        answer = self._calls.call("POST", "/v1/completions", body)
         reported = (answer.get("kv_transfer_params") or {}).get("hidden_states_path")
         if reported is None:
             raise TargetError(
@@ -89,49 +77,15 @@ class VLLMRequests:
 
     def is_alive(self) -> bool:
         """Whether it answers /health."""
-        return is_ready(self._address)
+        return self._calls.is_healthy()
 
     def close(self) -> None:
         """End the requests that are out; their threads see a TransportError."""
-        with self._lock:
-            self._closed = True
-            for connection in self._open:
-                if connection.sock is not None:
-                    with contextlib.suppress(OSError):
-                        connection.sock.shutdown(socket.SHUT_RDWR)
-
-    def _call(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
-        where = self.name
-        # A new connection each time: vLLM closes those idle for 5 s, at a moment that no client can see.
-        connection = self._address.connect(self._timeout_s)
-        try:
-            connection.connect()
-            with self._lock:
-                if self._closed:
-                    raise TransportError(f"{where}: the connection was closed")
-                self._open.add(connection)
-            headers = {"Content-Type": "application/json"}
-            if self._address.api_key:
-                headers["Authorization"] = f"Bearer {self._address.api_key}"
-            connection.request(method, path, None if body is None else json.dumps(body), headers)
-            response = connection.getresponse()
-            content = response.read()
-            if response.status >= 500:
-                raise TransportError(f"{where} failed ({response.status}): {_short(content)}")
-            if response.status != 200:
-                raise TargetError(f"{where} refused {path} ({response.status}): {_short(content)}")
-            answer: dict[str, Any] = json.loads(content)
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            raise TransportError(f"{where} did not answer {path} ({type(error).__name__}: {error})") from error
-        finally:
-            with self._lock:
-                self._open.discard(connection)
-            connection.close()
-        return answer
+        self._calls.close()
 
     def _read(self, name: str, deadline: float) -> dict[str, Tensor]:
         """The tensors of a file in the server's directory, which is removed; only its name is the server's word."""
-        path = self._address.directory / name
+        path = self._directory / name
         lock = path.with_name(name + ".lock")
         try:
             with lock.open("rb") as locked:
@@ -152,7 +106,7 @@ class VLLMRequests:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
-                if self._closed or time.monotonic() > deadline:
+                if self._calls.closed or time.monotonic() > deadline:
                     raise TransportError(f"{name} was still being written when its time was over") from None
                 time.sleep(pause_s)
                 pause_s = min(2 * pause_s, _LONGEST_RECHECK_S)
@@ -161,16 +115,5 @@ class VLLMRequests:
 
 
 def is_ready(address: VLLMAddress) -> bool:
-    """Whether the server answers /health with 200."""
-    connection = address.connect(_HEALTH_S)
-    try:
-        connection.request("GET", "/health")
-        return connection.getresponse().status == 200
-    except (OSError, http.client.HTTPException):
-        return False
-    finally:
-        connection.close()
-
-
-def _short(content: bytes) -> str:
-    return content[:400].decode(errors="replace")
+    """Whether the server answers."""
+    return EngineCalls("vLLM", address.url, address.api_key).is_healthy()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import secrets
 from collections.abc import Sequence
@@ -43,12 +42,6 @@ class VLLMAddress:
     layers: tuple[int, ...]
     """The capture layers it was started for, the last layer among them."""
     api_key: str = field(default="", repr=False)
-
-    def connect(self, timeout_s: float) -> http.client.HTTPConnection:
-        """A connection that opens when it is used."""
-        parts = urlsplit(self.url)
-        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        return kind(parts.netloc, timeout=timeout_s)
 
 
 def capture_flags(layers: Sequence[int], directory: Path, connector_module: str | None) -> list[str]:
