@@ -121,7 +121,7 @@ def assemble_trainer(
             min(limit, eval_rows.num_rows),
             ranks.num_data_ranks,
             ranks.gather,
-            ranks.agree_to_stop_soon,
+            ranks.agree_to_stop,
         )
         yield TrainerParts(drafts, stream, num_rows, evaluate, pool)
 
