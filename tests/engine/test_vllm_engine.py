@@ -249,7 +249,7 @@ def test_rows_of_a_server_that_dies_can_be_asked_for_elsewhere(server: Server, e
     engine.on_lost(told.append)
     server.process.on_end(engine.lose)
     futures = [engine.capture(tiny_request((400,) * 8, seed=seed), EVERYTHING) for seed in range(4)]
-    os.kill(descendants(os.getpid())[-1], signal.SIGKILL)  # the core, a child of the API server
+    os.kill(descendants(server.process.pid)[-1], signal.SIGKILL)  # the core, a child of the API server
     errors = [future.exception(60) for future in futures]
     assert isinstance(errors[-1], TransportError | EngineLostError)
     assert all(error is None or error.retryable for error in errors)

@@ -73,6 +73,11 @@ class EngineProcess:
         self._watcher.start()
 
     @property
+    def pid(self) -> int:
+        """Of the guard, the engine's parent."""
+        return self._process.pid
+
+    @property
     def log(self) -> Path:
         """What the engine writes to stdout and stderr."""
         return self._log
