@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from engine_processes import descendants, wait_for
+from own_processes import alive
 from paceline.cli.serve import build_target_config, split_engine_flags
 from paceline.config.target import TargetConfig
 from paceline.errors import ConfigError, StoppedError, TargetError
@@ -126,7 +127,7 @@ def test_close_ends_an_engine_that_is_deaf_with_its_workers_and_its_directory() 
     process.close()
     process.close()
     assert not root.exists()
-    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    assert wait_for(lambda: not any(map(alive, pids)), 5)
 
 
 def test_an_engine_ends_with_its_starter_whatever_ended_that(tmp_path: Path) -> None:
