@@ -24,6 +24,7 @@ from paceline.target.engines.flags import check_not_set, parse_flags, write_flag
 from paceline.target.engines.process import EngineProcess, private_directory
 from paceline.target.engines.programs import EngineProgram, child_environment, find_program, visible_gpus
 from paceline.target.opening import open_engine
+from paceline.target.vllm.server import start_vllm
 
 WORKERS = """
 import pathlib, subprocess, sys, time
@@ -37,9 +38,9 @@ DEAF = WORKERS.replace('sleep = "', 'sleep = "import signal; signal.signal(15, s
 """Its worker does not hear SIGTERM."""
 
 
-def start(script: str) -> tuple[EngineProcess, Path]:
+def start(script: str, *words: str) -> tuple[EngineProcess, Path]:
     root = private_directory("test")
-    return EngineProcess("Engine", root, [sys.executable, "-c", script, str(root)], os.environ), root
+    return EngineProcess("Engine", root, [sys.executable, "-c", script, str(root), *words], os.environ), root
 
 
 def is_there(root: Path) -> Callable[[], bool]:
@@ -128,6 +129,38 @@ def test_close_ends_an_engine_that_is_deaf_with_its_workers_and_its_directory() 
     process.close()
     assert not root.exists()
     assert wait_for(lambda: not any(map(alive, pids)), 5)
+
+
+def test_an_engine_hears_sigterm_though_its_starter_has_signals_blocked(tmp_path: Path) -> None:
+    """As every verb of ours has: an engine that never hears it is killed, and cannot end its workers in order."""
+    script = (
+        "import pathlib, signal, sys, time; root = pathlib.Path(sys.argv[1]); heard = pathlib.Path(sys.argv[2]);"
+        "signal.signal(15, lambda *_: (heard.touch(), sys.exit(7)));"
+        "(root / 'ready').touch(); time.sleep(600)"
+    )
+    heard = tmp_path / "heard"
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    try:
+        process, root = start(script, str(heard))
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    process.wait_until(is_there(root), 30)
+    begin = time.monotonic()
+    process.close()
+    assert time.monotonic() - begin < 4  # force is used after 5 s
+    assert heard.exists()
+
+
+def test_options_that_are_refused_leave_no_directory(tiny_target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Path] = []
+    monkeypatch.setattr(
+        "paceline.target.vllm.server.private_directory", lambda name: made.append(private_directory(name)) or made[0]
+    )
+    config = TargetConfig(model=str(tiny_target), engine="vllm", device="cpu", engine_args={"port": 1})
+    with pytest.raises(ConfigError, match="--port"):
+        start_vllm(config, EngineProgram(Path(sys.executable), "0.32.0"), tiny_target, (0,))
+    assert made
+    assert not made[0].exists()
 
 
 def test_an_engine_ends_with_its_starter_whatever_ended_that(tmp_path: Path) -> None:

@@ -42,3 +42,11 @@ def test_outer_parts_of_a_quantised_checkpoint_are_those_of_the_original(
     assert parts.info.logit_transform == plain.info.logit_transform
     assert parts.info.weight_fingerprint != plain.info.weight_fingerprint
     assert "LOAD REPORT" not in caplog.text
+
+
+def test_an_engine_on_several_gpus_has_its_outer_parts_on_one(tmp_path: Path):
+    config = TargetConfig(model=str(save_tiny_target(tmp_path / "t")), device="cpu", dtype="float32", engine="vllm")
+    alone = load_outer_parts(config)
+    spread = load_outer_parts(config.model_copy(update={"tensor_parallel": 2}))
+    assert spread.info == alone.info
+    assert torch.equal(spread.lm_head.weight, alone.lm_head.weight)

@@ -78,6 +78,7 @@ def _end_with_starter(descriptor: int, group: int, directory: str) -> None:
 def _die_with_guard() -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the starter takes signals on a thread, blocked everywhere else
     with contextlib.suppress(OSError, AttributeError):  # Linux alone has it
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 

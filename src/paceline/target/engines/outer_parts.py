@@ -25,6 +25,9 @@ from paceline.target.hf.loading import (
     resolve_device,
 )
 
+_OF_THE_ENGINE = {"tensor_parallel": 1, "device_map": None}
+"""How the engine spreads its layers is nothing to what is computed here, in one process."""
+
 
 @dataclass(frozen=True, slots=True)
 class OuterParts:
@@ -48,6 +51,7 @@ def load_outer_parts(config: TargetConfig) -> OuterParts:
     Raises:
         TargetError: the checkpoint cannot be loaded or described, or has no single last norm.
     """
+    config = config.model_copy(update=_OF_THE_ENGINE)
     device = resolve_device(config.device)
     checkpoint = resolve_checkpoint(config.model, config.revision, config.trust_remote_code)
     whole = load_config(checkpoint, config.trust_remote_code).get_text_config(decoder=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,11 +84,15 @@ def start_vllm(
     """
     root = private_directory("vllm")
     hidden = root / "hidden"
-    hidden.mkdir()
     address = VLLMAddress(f"http://127.0.0.1:{free_port()}", hidden, tuple(layers), secrets.token_hex(16))
-    command = vllm_command(config, program, checkpoint, address)
-    environment = child_environment(config, program, INSIDE) | _QUIET | {"VLLM_API_KEY": address.api_key}
-    return EngineProcess(f"vLLM {program.version}", root, command, environment), address
+    try:
+        hidden.mkdir()
+        command = vllm_command(config, program, checkpoint, address)
+        environment = child_environment(config, program, INSIDE) | _QUIET | {"VLLM_API_KEY": address.api_key}
+        return EngineProcess(f"vLLM {program.version}", root, command, environment), address
+    except BaseException:  # a process that has started removes it
+        shutil.rmtree(root, ignore_errors=True)
+        raise
 
 
 def vllm_command(config: TargetConfig, program: EngineProgram, checkpoint: Path, address: VLLMAddress) -> list[str]:
