@@ -26,10 +26,11 @@ from paceline.schema.target_info import TargetInfo
 from paceline.target.hf.engine import HFEngine
 from paceline.target.hf.loading import read_quantization
 from paceline.target.selftest.reference import load_reference, observe
+from paceline.target.selftest.reference import main as compute_reference
 from paceline.target.selftest.run import SelfTestResult, run_selftest
 from paceline.target.selftest.texts import build_texts
 from paceline.target.selftest.tolerance import choose_tolerance
-from tiny import save_tiny_target
+from tiny import save_nested_tiny_target, save_tiny_target
 
 LAYERS = (0, 1, 2)
 Change = Callable[["WrongEngine", RowRequest, FeatureSpec], Features]
@@ -305,6 +306,33 @@ def test_the_reference_is_what_transformers_says_a_text_at_a_time(test: SelfTest
     torch.testing.assert_close(other.final_hidden, test.reference.final_hidden, rtol=1e-4, atol=1e-5)
     assert other.before_norm is not None
     torch.testing.assert_close(model.model.norm(other.before_norm), other.final_hidden)
+
+
+@pytest.mark.parametrize(("architecture", "nested"), [("gemma2", False), ("mistral3", True)])
+def test_a_reference_is_computed_of_soft_capped_scores_and_of_models_that_see_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, nested: bool
+) -> None:
+    """transformers' sdpa leaves the soft cap out, and Mistral 3 is known as a model for pictures only."""
+    path = (save_nested_tiny_target if nested else save_tiny_target)(tmp_path / "t", architecture)
+    with contextlib.closing(HFEngine(config_of(path))) as engine:
+        info, output = engine.info(), tmp_path / "r.safetensors"
+        settings = {"model": str(path), "dtype": "float32", "device": "cpu", "output": str(output)}
+        settings |= {"trust_remote_code": False, "quantised": False, "fingerprint": info.weight_fingerprint}
+        settings |= {"num_tokenizer_tokens": info.num_tokenizer_tokens}
+        monkeypatch.setattr("sys.argv", ["reference", json.dumps(settings)])
+        compute_reference()
+        texts = build_texts(info.num_tokenizer_tokens)
+        reference = load_reference(output, info.weight_fingerprint, texts)
+        result = run_selftest(engine, texts, reference, LAYERS, choose_tolerance("float32"))
+    assert result.problem is None
+
+
+def test_a_target_of_one_layer_is_compared(tmp_path: Path) -> None:
+    config = config_of(save_tiny_target(tmp_path / "t", num_hidden_layers=1))
+    with contextlib.closing(HFEngine(config)) as engine:
+        result = observe_own(config, engine).run(config, engine)
+    assert result.problem is None
+    assert [line.name for line in result.lines] == ["layer 0", "final hidden"]
 
 
 def test_the_doctor_tests_an_engine_and_saves_a_reference(tiny_target: Path, tmp_path: Path) -> None:

@@ -17,12 +17,18 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from paceline.errors import TargetError
 from paceline.target.selftest.texts import KnownTexts, build_texts
 
 _NUM_TOP = 16
+_ATTENTION = "eager"
+"""It does all that a model asks for: sdpa of transformers 5.17 leaves out the soft cap of Gemma 2's scores."""
 _TENSORS = ("layers", "final_hidden", "before_norm", "top_ids", "top_logits", "logit_spread")
 _NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
 """Names of a decoder's last norm."""
@@ -105,8 +111,10 @@ def observe(model: PreTrainedModel, texts: KnownTexts, fingerprint: str) -> Refe
             out = model(input_ids=tokens, output_hidden_states=True, use_cache=False)
             logits = out.logits[0].float()
             top = logits.topk(min(_NUM_TOP, logits.shape[-1]))
-            seen["layers"].append(torch.stack([state[0].cpu() for state in out.hidden_states[1:-1]], 1))
-            seen["final_hidden"].append((norm.pop("after") if norm else out.hidden_states[-1])[0].cpu())
+            final = out.hidden_states[-1][0].cpu()
+            inner = [state[0].cpu() for state in out.hidden_states[1:-1]]
+            seen["layers"].append(torch.stack(inner, 1) if inner else final.new_empty(len(final), 0, final.shape[-1]))
+            seen["final_hidden"].append(norm.pop("after")[0].cpu() if norm else final)
             seen["before_norm"] += [norm.pop("before")[0].cpu()] if norm else []
             seen["top_ids"].append(top.indices.cpu())
             seen["top_logits"].append(top.values.cpu())
@@ -123,7 +131,7 @@ def observe(model: PreTrainedModel, texts: KnownTexts, fingerprint: str) -> Refe
 
 def cache_path(fingerprint: str, dtype: str, texts: KnownTexts) -> Path:
     """Where a reference is kept: one for each of weights, dtype, texts and version of transformers."""
-    key = "-".join((fingerprint, dtype, texts.text_hash(), transformers.__version__))
+    key = "-".join((fingerprint, dtype, texts.text_hash(), transformers.__version__, _ATTENTION))
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return home / "paceline" / "selftest" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
 
@@ -146,14 +154,24 @@ def _final_norm(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
         handle.remove()
 
 
+def _loader(model: str, trust_remote_code: bool) -> type:
+    """Some models that see pictures (Mistral Small 3) are known as such only."""
+    kind = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code).model_type
+    if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
+
+
 def main() -> None:
     """A process of its own, since a GPU may not hold two models: settings as JSON in, a file out."""
     settings = json.loads(sys.argv[1])
-    loader: Any = AutoModelForCausalLM  # transformers' types leave out what output_loading_info returns
+    # transformers' types leave out what output_loading_info returns
+    loader: Any = _loader(settings["model"], settings["trust_remote_code"])
     model, report = loader.from_pretrained(
         settings["model"],
         output_loading_info=True,
         dtype=settings["dtype"],
+        attn_implementation=_ATTENTION,
         trust_remote_code=settings["trust_remote_code"],
         device_map={"": settings["device"]} if settings["quantised"] else None,
     )
