@@ -186,6 +186,7 @@ def test_a_run_directory_of_another_configuration_says_what_differs_and_stays_as
 
 def test_settings_that_do_not_change_what_is_trained_may_change(finished: Path, data: Path, copied: Path) -> None:
     changed = {"training__log_every": 7, "transport__prefetch_rows": 1, "training__keep_checkpoints": 9}
+    changed |= {"target__engine_tokens": 5000, "target__engine_start_timeout_s": 60.0, "target__selftest": False}
     assert run(config_of(copied, finished, data, **changed)).status == "finished"
 
 
