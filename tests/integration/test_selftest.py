@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from forking import Commands
 from paceline.config.target import TargetConfig
 from paceline.errors import TargetError
-from paceline.launch.selftest import SelfTest, observe_own
+from paceline.launch.selftest import SelfTest, observe_own, prepare_selftest
 from paceline.schema.features import Features, FeatureSpec
 from paceline.schema.rows import RowRequest
 from paceline.schema.target_info import TargetInfo
@@ -355,6 +355,15 @@ def test_the_doctor_tests_an_engine_and_saves_a_reference(tiny_target: Path, tmp
         )
         assert refused.wait(60) == 1
         assert "make it anew with" in refused.output
+
+
+@pytest.mark.parametrize("option", ["quantization", "-q"])
+def test_limits_are_those_of_what_the_engine_is_asked_to_quantise_to(
+    tiny_target: Path, tmp_path: Path, engine: HFEngine, option: str
+) -> None:
+    config = config_of(tiny_target, engine="vllm", engine_args={option: "fp8"}, selftest_reference=str(tmp_path / "r"))
+    observe_own(config_of(tiny_target), engine).reference.save(tmp_path / "r")
+    assert prepare_selftest(config).tolerance.name == "fp8 weights"
 
 
 def test_a_checkpoint_says_how_it_is_quantised(tiny_target: Path, tmp_path: Path) -> None:

@@ -76,6 +76,31 @@ def test_options_that_paceline_sets_are_refused_by_any_spelling() -> None:
         check_not_set({"port": 1, "kv_transfer_config": "{}", "seed": 3}, ["port", "kv-transfer-config"], "vLLM")
 
 
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--speculative-config.method", "eagle3"], "--speculative-config"),
+        (["--kv_transfer_config.kv_role=kv_both"], "--kv-transfer-config"),
+        (["-sc", "{}"], "-sc"),
+        (["--api-k", "secret"], "--api-k"),
+    ],
+)
+def test_parts_and_beginnings_of_options_that_paceline_sets_are_refused(words: list[str], named: str) -> None:
+    own = ["api-key", "speculative-config", "-sc", "kv-transfer-config"]
+    with pytest.raises(ConfigError, match=f"hold {named},? which paceline sets"):
+        check_not_set(parse_flags(words), own, "vLLM")
+    check_not_set({"api-server-count": 1, "-tp": 2, "kv-cache-dtype": "auto"}, own, "vLLM")
+
+
+def test_keys_inside_an_options_value_stay_as_they_are() -> None:
+    """The engine writes its options with dashes or not; keys of a model's configuration have one spelling."""
+    words = ["--hf_overrides.rope_theta", "5", "--compilation-config.cudagraph_mode=NONE"]
+    assert write_flags(parse_flags(words)) == [
+        *("--hf-overrides.rope_theta", "5", "--compilation-config.cudagraph_mode", "NONE")
+    ]
+    assert write_flags({"hf_overrides.rope_theta": 5}) == ["--hf-overrides.rope_theta", "5"]
+
+
 def test_words_after_two_dashes_are_the_engines_and_win_over_the_file(tmp_path: Path) -> None:
     file = tmp_path / "target.toml"
     file.write_text("[engine_args]\nseed = 1\nmax-model-len = 512\n")

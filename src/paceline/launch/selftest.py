@@ -18,6 +18,7 @@ import torch
 
 from paceline.config.target import TargetConfig
 from paceline.errors import TargetError
+from paceline.target.engines.flags import option_name
 from paceline.target.engines.process import EngineProcess, private_directory
 from paceline.target.hf.engine import HFEngine
 from paceline.target.hf.fingerprint import fingerprint_weights
@@ -161,7 +162,12 @@ def _where_it_fits(checkpoint: Path, config: TargetConfig) -> tuple[torch.device
 
 
 def _free_memory() -> int:
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """Bytes; files that the system only keeps for later count as free, as checkpoints just read are."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _tolerance(config: TargetConfig, checkpoint: Path) -> Tolerance:
@@ -174,8 +180,9 @@ def _tolerance(config: TargetConfig, checkpoint: Path) -> Tolerance:
 
 def _quantization(config: TargetConfig, checkpoint: Path) -> Mapping[str, Any] | str | None:
     """The checkpoint's, or what the engine is asked to quantise to while it loads."""
-    asked = config.engine_args.get("quantization")
-    return read_quantization(checkpoint) or (str(asked) if asked else None)
+    asked = {option_name(name): value for name, value in config.engine_args.items()}
+    format_ = asked.get("quantization") or asked.get("-q")
+    return read_quantization(checkpoint) or (str(format_) if format_ else None)
 
 
 def _spread(num_layers: int) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ INSIDE = Path(__file__).with_name("inside")
 """A folder for vLLM's import path."""
 _CONNECTOR = "paceline_vllm_connector"
 _OWN_FLAGS = (
-    *("model", "host", "port", "api-key", "speculative-config", "kv-transfer-config"),
+    *("model", "host", "port", "api-key", "speculative-config", "-sc", "kv-transfer-config"),
     *("enable-prefix-caching", "no-enable-prefix-caching"),
 )
 _FIRST_WITH_OUR_CONNECTOR = (0, 27)
