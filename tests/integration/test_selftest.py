@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from forking import Commands
 from paceline.config.target import TargetConfig
-from paceline.errors import TargetError
+from paceline.errors import ConfigError, TargetError
 from paceline.launch.selftest import SelfTest, observe_own, prepare_selftest
 from paceline.schema.features import Features, FeatureSpec
 from paceline.schema.rows import RowRequest
@@ -333,6 +333,15 @@ def test_a_target_of_one_layer_is_compared(tmp_path: Path) -> None:
         result = observe_own(config, engine).run(config, engine)
     assert result.problem is None
     assert [line.name for line in result.lines] == ["layer 0", "final hidden"]
+
+
+def test_a_target_too_short_for_the_texts_is_named_with_the_way_out(tmp_path: Path) -> None:
+    config = config_of(save_tiny_target(tmp_path / "t", max_position_embeddings=128))
+    with (
+        contextlib.closing(HFEngine(config)) as engine,
+        pytest.raises(ConfigError, match=r"texts \(up to 320 tokens\).*128 positions.*target\.selftest = false"),
+    ):
+        observe_own(config, engine).run(config, engine)
 
 
 def test_the_doctor_tests_an_engine_and_saves_a_reference(tiny_target: Path, tmp_path: Path) -> None:

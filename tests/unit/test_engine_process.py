@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,8 @@ from paceline.target.engines.flags import check_not_set, parse_flags, write_flag
 from paceline.target.engines.process import EngineProcess, private_directory
 from paceline.target.engines.programs import EngineProgram, child_environment, find_program, visible_gpus
 from paceline.target.opening import open_engine
-from paceline.target.vllm.server import start_vllm
+from paceline.target.vllm.requests import VLLMRequests
+from paceline.target.vllm.server import VLLMAddress, start_vllm
 
 WORKERS = """
 import pathlib, subprocess, sys, time
@@ -115,6 +117,49 @@ def test_settings_of_other_engines_are_refused_for_transformers() -> None:
         build_target_config(None, {"model": "m", "capture_layers": "1"}, [], ["--seed", "3"])
     with pytest.raises(ConfigError, match="needs both"):
         build_target_config(None, {"model": "m", "engine": "vllm", "engine_url": "http://127.0.0.1:1"}, [], [])
+
+
+def test_settings_of_transformers_are_refused_for_other_engines() -> None:
+    with pytest.raises(ConfigError, match=r'attention, compile set for engine = "vllm".*engine_args'):
+        build_target_config(None, {"model": "m", "engine": "vllm", "attention": "sdpa", "compile": True}, [], [])
+    written = TargetConfig(model="m", engine="vllm", engine_args={"seed": 3}).model_dump()
+    assert TargetConfig.model_validate(written).engine_args == {"seed": 3}
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:1", "http://h", "http://me:secret@h:1", "http://h:1/v1", "http://[::1"])
+def test_an_address_that_is_no_servers_is_refused(url: str) -> None:
+    settings = {"model": "m", "engine": "vllm", "engine_url": url}
+    with pytest.raises(ConfigError, match=r"engine_url must be http\(s\)://HOST:PORT"):
+        build_target_config(None, settings, ["target.engine_directory=/d"], [])
+    for right in ("http://127.0.0.1:8100", "https://a-b.example:1/", "http://[::1]:8100"):
+        TargetConfig(model="m", engine="vllm", engine_url=right, engine_directory="/d")
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "says"),
+    [
+        (401, b"{}", r"refused the key \(401\): set PACELINE_ENGINE_KEY"),
+        (200, b'{"data": [{"id": "m"}]}', "'max_model_len'.*is it vLLM"),
+        (200, b'{"data": []}', "is it vLLM"),
+        (200, b"[]", "is it vLLM"),
+    ],
+)
+def test_a_server_that_is_no_vllm_or_wants_a_key_is_named(status: int, body: bytes, says: str) -> None:
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *words: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(TargetError, match=says):
+            VLLMRequests(VLLMAddress(f"http://127.0.0.1:{server.server_port}", Path("/d"), (0,)))
+        server.shutdown()
 
 
 def test_an_engine_that_is_not_installed_is_named_with_its_python() -> None:

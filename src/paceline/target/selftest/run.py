@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from paceline.errors import TargetError
+from paceline.errors import ConfigError, TargetError
 from paceline.schema.features import Features, FeatureSpec
 from paceline.schema.rows import RowRequest
 from paceline.target.interface import Engine
@@ -128,6 +128,12 @@ def _request(texts: KnownTexts, capture: Capture, num_axes: int) -> RowRequest:
 def _answer(texts: KnownTexts, capture: Capture, spec: FeatureSpec, future: Future[Features]) -> Features:
     try:
         features = future.result(_ANSWER_S)
+    except ConfigError as error:
+        longest = max(len(texts.documents[document].tokens) for document in capture.documents)
+        raise ConfigError(
+            f"the self-test's texts (up to {longest} tokens) cannot be computed: {error}; or do without it "
+            "(target.selftest = false)"
+        ) from error
     except TimeoutError:
         raise TargetError(f"the engine did not answer within {_ANSWER_S:.0f} s to the self-test ({capture})") from None
     num_tokens = sum(len(texts.documents[document].tokens) for document in capture.documents)

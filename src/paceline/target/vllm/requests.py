@@ -33,9 +33,15 @@ class VLLMRequests:
         self.layers = address.layers
         self._directory = address.directory
         self._calls = EngineCalls(self.name, address.url, address.api_key)
-        served = self._calls.call("GET", "/v1/models")["data"][0]
-        self._model: str = served["id"]
-        self.max_tokens: int = served["max_model_len"] - 1
+        served = self._calls.call("GET", "/v1/models")
+        try:
+            self._model: str = served["data"][0]["id"]
+            max_model_len = int(served["data"][0]["max_model_len"])
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise TargetError(
+                f"{self.name} does not say which model it serves, and of how many tokens ({error!r}): is it vLLM?"
+            ) from error
+        self.max_tokens = max_model_len - 1
         """Of one document: vLLM wants room for one token more."""
 
     def capture(self, tokens: np.ndarray) -> CapturedDocument:
