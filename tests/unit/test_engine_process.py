@@ -183,6 +183,15 @@ def test_another_python_gets_none_of_our_import_path(monkeypatch: pytest.MonkeyP
     assert (other["PYTHONPATH"], own["PYTHONPATH"]) == ("/code", "/code:/ours")
 
 
+def test_an_engine_starts_without_our_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PACELINE_TOKEN", "PACELINE_ENGINE_KEY"):
+        monkeypatch.setenv(name, "hush")
+    config = TargetConfig(model="m", engine="vllm", device="cpu")
+    environment = child_environment(config, EngineProgram(Path("/other/python"), "1"), Path("/code"))
+    assert "hush" not in environment.values()
+    assert environment["PATH"] == os.environ["PATH"]
+
+
 def test_an_engine_sees_the_gpus_of_its_device_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)

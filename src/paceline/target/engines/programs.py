@@ -13,6 +13,7 @@ from pathlib import Path
 
 from paceline.config.target import TargetConfig
 from paceline.errors import ConfigError
+from paceline.target.engines.http_calls import ENGINE_KEY
 from paceline.target.hf.loading import resolve_device
 
 _ASK = """
@@ -26,6 +27,8 @@ for name in sys.argv[1:]:
         pass
 """
 _ASK_S = 60.0
+_SECRETS = ("PACELINE_TOKEN", ENGINE_KEY)
+"""Nothing to an engine that is started here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +76,8 @@ def child_environment(config: TargetConfig, program: EngineProgram, code: Path) 
     """
     own = Path(sys.executable) == program.python
     path = [str(code), *([os.environ["PYTHONPATH"]] if own and os.environ.get("PYTHONPATH") else [])]
-    return {**os.environ, **visible_gpus(config, os.environ), "PYTHONPATH": os.pathsep.join(path)}
+    ours = {name: value for name, value in os.environ.items() if name not in _SECRETS}
+    return {**ours, **visible_gpus(config, os.environ), "PYTHONPATH": os.pathsep.join(path)}
 
 
 def visible_gpus(config: TargetConfig, environment: Mapping[str, str]) -> dict[str, str]:
