@@ -14,9 +14,6 @@ from paceline.launch.signals import StopSignals
 if TYPE_CHECKING:
     from paceline.config.target import TargetConfig
 
-if TYPE_CHECKING:
-    pass
-
 Model = Annotated[str | None, typer.Argument(help="Path or hub id of a target whose engine is to be tested.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="target.field=value", help="Other settings of the target.")
