@@ -29,10 +29,10 @@ from paceline.target.engines.flags import parse_flags, write_flags
 from paceline.target.engines.http_calls import EngineCalls
 from paceline.target.engines.process import EngineProcess, private_directory
 from paceline.target.engines.programs import EngineProgram, child_environment, find_program, free_port
+from paceline.target.engines.starting import is_ready, start_engine
 from paceline.target.hf.engine import HFEngine
-from paceline.target.opening import VLLM_PACKAGES, engine_layers
-from paceline.target.vllm.requests import VLLMRequests, is_ready
-from paceline.target.vllm.server import INSIDE, start_vllm
+from paceline.target.opening import engine_layers
+from paceline.target.vllm.kind import VLLM
 
 Send = Callable[[np.ndarray], object]
 
@@ -65,7 +65,7 @@ def plain(config: TargetConfig, program: EngineProgram, arguments: argparse.Name
         *("--host", "127.0.0.1", "--port", url.rpartition(":")[2], "--no-enable-prefix-caching"),
         *("--dtype", config.dtype, *write_flags(config.engine_args)),
     ]
-    variables = child_environment(config, program, INSIDE) | {"HF_HUB_OFFLINE": "1", "VLLM_HOST_IP": "127.0.0.1"}
+    variables = child_environment(config, program, VLLM.inside) | {"HF_HUB_OFFLINE": "1", "VLLM_HOST_IP": "127.0.0.1"}
     with contextlib.closing(EngineProcess("vLLM", private_directory("vllm"), command, variables)) as process:
         calls = EngineCalls("vLLM", url)
         process.wait_until(calls.is_healthy, config.engine_start_timeout_s)
@@ -79,10 +79,10 @@ def plain(config: TargetConfig, program: EngineProgram, arguments: argparse.Name
 
 def captured(config: TargetConfig, program: EngineProgram, arguments: argparse.Namespace) -> float:
     layers = engine_layers(tuple(arguments.layers), arguments.num_layers)
-    process, address = start_vllm(config, program, Path(config.model), layers)
+    process, address = start_engine(VLLM, config, program, Path(config.model), layers)
     with contextlib.closing(process):
-        process.wait_until(lambda: is_ready(address), config.engine_start_timeout_s)
-        requests = VLLMRequests(address)
+        process.wait_until(lambda: is_ready(VLLM, address), config.engine_start_timeout_s)
+        requests = VLLM.connect(address)
         return measure(f"vLLM {program.version}, layers {list(layers)} captured", requests.capture, arguments)
 
 
@@ -138,7 +138,7 @@ def main() -> None:
         capture_layers=tuple(arguments.layers),
     )
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    program = find_program(config, VLLM_PACKAGES)
+    program = find_program(config, VLLM.packages)
     rates = {}
     if "plain" in arguments.what:
         rates["plain"] = plain(config, program, arguments)

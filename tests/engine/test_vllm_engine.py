@@ -36,13 +36,14 @@ from paceline.errors import (
 )
 from paceline.schema.features import Features, FeatureSpec
 from paceline.target.engines.document_engine import DocumentEngine
+from paceline.target.engines.interface import EngineAddress
 from paceline.target.engines.outer_parts import load_outer_parts
 from paceline.target.engines.process import EngineProcess
 from paceline.target.engines.programs import find_program
+from paceline.target.engines.starting import is_ready, start_engine
 from paceline.target.hf.engine import HFEngine
-from paceline.target.opening import TRIED_VLLM, VLLM_PACKAGES, engine_layers, open_engine
-from paceline.target.vllm.requests import VLLMRequests, is_ready
-from paceline.target.vllm.server import VLLMAddress, start_vllm
+from paceline.target.opening import engine_layers, open_engine
+from paceline.target.vllm.kind import VLLM
 from tiny import save_tiny_target, tiny_request
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
@@ -84,11 +85,11 @@ class Server:
 
     target: Path
     process: EngineProcess
-    address: VLLMAddress
+    address: EngineAddress
 
     def engine(self, target: Path | None = None, **changes: Any) -> DocumentEngine:
         config = target_config(target or self.target)
-        return DocumentEngine(config, VLLMRequests(replace(self.address, **changes)), load_outer_parts(config))
+        return DocumentEngine(config, VLLM.connect(replace(self.address, **changes)), load_outer_parts(config))
 
 
 @pytest.fixture(scope="module", params=["qwen3", "llama", "qwen3_moe"])
@@ -103,9 +104,11 @@ def server(target: Path) -> Iterator[Server]:
     config = target_config(target)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-        process, address = start_vllm(config, find_program(config, VLLM_PACKAGES), target, engine_layers(LAYERS, 4))
+        process, address = start_engine(
+            VLLM, config, find_program(config, VLLM.packages), target, engine_layers(LAYERS, 4)
+        )
     with contextlib.closing(process):
-        process.wait_until(lambda: is_ready(address), 600)
+        process.wait_until(lambda: is_ready(VLLM, address), 600)
         yield Server(target, process, address)
 
 
@@ -198,8 +201,8 @@ def test_nothing_is_left_in_the_directory(engine: DocumentEngine, server: Server
 
 
 def test_this_version_is_among_those_that_the_documents_call_tried(target: Path):
-    program = find_program(target_config(target), VLLM_PACKAGES)
-    assert program.version in TRIED_VLLM
+    program = find_program(target_config(target), VLLM.packages)
+    assert program.version in VLLM.tried
     assert program.version in (Path(__file__).parents[2] / "docs" / "engines.md").read_text(encoding="utf-8")
 
 
@@ -216,13 +219,13 @@ def test_a_server_that_runs_another_checkpoint_is_refused(server: Server, tmp_pa
 
 def test_a_server_with_another_key_refuses(server: Server):
     with pytest.raises(TargetError, match="401"):
-        server.engine(api_key="wrong")
+        server.engine(key="wrong")
 
 
 def test_a_server_that_runs_already_is_reached_by_its_url(
     server: Server, hf: HFEngine, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setenv("PACELINE_ENGINE_KEY", server.address.api_key)
+    monkeypatch.setenv("PACELINE_ENGINE_KEY", server.address.key)
     where = {"engine_url": server.address.url, "engine_directory": str(server.address.directory)}
     request = tiny_request((20, 9), seed=4)
     with open_engine(target_config(server.target, **where)) as engine:

@@ -18,9 +18,10 @@ from engine_processes import descendants, wait_for
 from forking import Command, Commands
 from own_processes import children_of, num_steps, start
 from paceline.config.run import RunConfig
+from paceline.target.engines.interface import EngineAddress
 from paceline.target.engines.programs import free_port
-from paceline.target.vllm.requests import is_ready
-from paceline.target.vllm.server import VLLMAddress
+from paceline.target.engines.starting import is_ready
+from paceline.target.vllm.kind import VLLM
 from served import Served, num_forwards, ready, start_server
 from tiny import save_tiny_target
 from whole_run import losses, run, run_config, same_weights
@@ -199,7 +200,8 @@ def test_an_engine_that_somebody_else_starts_is_attached_to_and_missed_when_it_g
             ["/bin/sh", "-c", command_line], env=variables, stdout=log, stderr=log, start_new_session=True
         )
     try:
-        assert wait_for(lambda: is_ready(VLLMAddress(url, directory, ())), 400), (tmp_path / "vllm.log").read_text()
+        address = EngineAddress(url, directory, ())
+        assert wait_for(lambda: is_ready(VLLM, address), 400), (tmp_path / "vllm.log").read_text()
         with Commands(tmp_path, {"PACELINE_ENGINE_KEY": "secret"}) as commands:
             command = serve(commands, target, tmp_path / "server", *where)
             ready(command, tmp_path / "server")

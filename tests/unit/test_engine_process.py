@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -22,11 +23,13 @@ from paceline.cli.serve import build_target_config, split_engine_flags
 from paceline.config.target import TargetConfig
 from paceline.errors import ConfigError, StoppedError, TargetError
 from paceline.target.engines.flags import check_not_set, parse_flags, write_flags
+from paceline.target.engines.interface import EngineAddress
 from paceline.target.engines.process import EngineProcess, private_directory
 from paceline.target.engines.programs import EngineProgram, child_environment, find_program, visible_gpus
-from paceline.target.opening import open_engine
+from paceline.target.engines.starting import start_engine
+from paceline.target.opening import ENGINES, open_engine
+from paceline.target.vllm.kind import VLLM
 from paceline.target.vllm.requests import VLLMRequests
-from paceline.target.vllm.server import VLLMAddress, start_vllm
 
 WORKERS = """
 import pathlib, subprocess, sys, time
@@ -161,7 +164,7 @@ def test_a_server_that_is_no_vllm_or_wants_a_key_is_named(status: int, body: byt
     with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         with pytest.raises(TargetError, match=says):
-            VLLMRequests(VLLMAddress(f"http://127.0.0.1:{server.server_port}", Path("/d"), (0,)))
+            VLLMRequests(EngineAddress(f"http://127.0.0.1:{server.server_port}", Path("/d"), (0,)))
         server.shutdown()
 
 
@@ -236,11 +239,12 @@ def test_an_engine_hears_sigterm_though_its_starter_has_signals_blocked(tmp_path
 def test_options_that_are_refused_leave_no_directory(tiny_target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Path] = []
     monkeypatch.setattr(
-        "paceline.target.vllm.server.private_directory", lambda name: made.append(private_directory(name)) or made[0]
+        "paceline.target.engines.starting.private_directory",
+        lambda name: made.append(private_directory(name)) or made[0],
     )
     config = TargetConfig(model=str(tiny_target), engine="vllm", device="cpu", engine_args={"port": 1})
     with pytest.raises(ConfigError, match="--port"):
-        start_vllm(config, EngineProgram(Path(sys.executable), "0.32.0"), tiny_target, (0,))
+        start_engine(VLLM, config, EngineProgram(Path(sys.executable), "0.32.0"), tiny_target, (0,))
     assert made
     assert not made[0].exists()
 
@@ -298,7 +302,7 @@ def test_a_version_that_was_never_tried_is_named_before_it_starts(
     tiny_target: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """With a package that is installed, and is no engine: what it says when it is started is shown, too."""
-    monkeypatch.setattr("paceline.target.opening.VLLM_PACKAGES", ("numpy",))
+    monkeypatch.setitem(ENGINES, "vllm", replace(VLLM, packages=("numpy",)))
     config = TargetConfig(
         model=str(tiny_target), engine="vllm", device="cpu", capture_layers=(0,), engine_python=sys.executable
     )

@@ -9,10 +9,10 @@ from paceline.config.target import TargetConfig
 from paceline.errors import ConfigError
 from paceline.launch.serve import with_capture_layers
 from paceline.target.engines.http_calls import ENGINE_KEY
+from paceline.target.engines.interface import EngineAddress
 from paceline.target.engines.programs import find_program
 from paceline.target.hf.loading import load_config, resolve_checkpoint
-from paceline.target.opening import VLLM_PACKAGES, engine_layers
-from paceline.target.vllm.server import INSIDE, VLLMAddress, vllm_command
+from paceline.target.opening import ENGINES, engine_layers
 
 
 def engine_command(config: TargetConfig) -> str:
@@ -33,7 +33,7 @@ def engine_command(config: TargetConfig) -> str:
     checkpoint = resolve_checkpoint(config.model, config.revision, config.trust_remote_code)
     text = load_config(checkpoint, config.trust_remote_code).get_text_config(decoder=True)
     layers = engine_layers(config.capture_layers, int(text.num_hidden_layers))
-    address = VLLMAddress(url, directory, layers)
-    words = vllm_command(config, find_program(config, VLLM_PACKAGES), checkpoint, address)
-    key = f"VLLM_API_KEY=${ENGINE_KEY}"
-    return f"mkdir -p {shlex.quote(str(directory))} && {key} PYTHONPATH={shlex.quote(str(INSIDE))} {shlex.join(words)}"
+    kind = ENGINES[config.engine]
+    words = kind.command(config, find_program(config, kind.packages), checkpoint, EngineAddress(url, directory, layers))
+    started = kind.shell_command(shlex.join(words), f'"${ENGINE_KEY}"')
+    return f"mkdir -p {shlex.quote(str(directory))} && PYTHONPATH={shlex.quote(str(kind.inside))} {started}"

@@ -32,7 +32,7 @@ from paceline.target.hf.loading import (
     resolve_device,
 )
 from paceline.target.hf.stored_tensors import read_tensor_table
-from paceline.target.opening import ServedEngine
+from paceline.target.opening import ENGINES, ServedEngine
 from paceline.target.selftest.reference import Reference, cache_path, load_reference, observe
 from paceline.target.selftest.run import SelfTestResult, run_selftest
 from paceline.target.selftest.texts import KnownTexts, build_texts
@@ -65,7 +65,7 @@ class SelfTest:
 
 def engine_name(config: TargetConfig) -> str:
     """For messages."""
-    return {"hf": "transformers (hf)", "vllm": "vLLM"}[config.engine]
+    return "transformers (hf)" if config.engine == "hf" else ENGINES[config.engine].title
 
 
 def prepare_selftest(config: TargetConfig, stop: threading.Event | None = None, anew: bool = False) -> SelfTest:

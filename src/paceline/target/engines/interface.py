@@ -1,12 +1,31 @@
-"""What a production engine must do for us: hidden states of one document, and its own next token."""
+"""What a production engine must do for us: start, then hidden states of one document and its own next token."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from torch import Tensor
+
+from paceline.config.target import TargetConfig
+from paceline.target.engines.programs import EngineProgram
+
+
+@dataclass(frozen=True, slots=True)
+class EngineAddress:
+    """Where an engine's server answers and where it writes hidden states."""
+
+    url: str
+    """http(s)://HOST:PORT"""
+    directory: Path
+    """As seen from here; nobody else's files may lie in it."""
+    layers: tuple[int, ...]
+    """The capture layers it was started for, ascending; the target's last layer is always one of them."""
+    key: str = field(default="", repr=False)
+    """A bearer token; "" where the server asks for none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,3 +64,29 @@ class DocumentServer(Protocol):
 
     def close(self) -> None:
         """End the requests that are out; their threads see a TransportError. The engine itself goes on."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineKind:
+    """One production engine: all that is its own, before it runs."""
+
+    title: str
+    """For messages."""
+    packages: tuple[str, ...]
+    """Names under which it may be installed."""
+    tried: tuple[str, ...]
+    """Versions that this one of paceline was run with; docs/engines.md has what was tried on what."""
+    inside: Path
+    """A folder for its import path: the only code of ours that enters its process."""
+    variables: Mapping[str, str]
+    """Of its environment, besides ours."""
+    command: Callable[[TargetConfig, EngineProgram, Path, EngineAddress], list[str]]
+    """(config, program, checkpoint, address): the command line of a server, without its key. Raises ConfigError for
+    options that are set here."""
+    hand_key: Callable[[str, Path], tuple[list[str], dict[str, str]]]
+    """(key, private directory that lives as long as the server): words and variables that give a server its key, where
+    other users cannot read it."""
+    shell_command: Callable[[str, str], str]
+    """(a server's command line, a word): the line for a shell, with the word as its key."""
+    connect: Callable[[EngineAddress], DocumentServer]
+    """A client of a server that is ready. Raises TransportError if it does not answer, TargetError if it refuses."""

