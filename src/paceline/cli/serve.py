@@ -59,7 +59,7 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="target.field=value", help="Other settings of the target.")
 ]
 TargetFile = Annotated[Path | None, _target_option("TOML with settings of the target section; options win over it.")]
-Engine = Annotated[str | None, _target_option("Who runs the target: hf, vllm.")]
+Engine = Annotated[str | None, _target_option("Who runs the target: hf, vllm, sglang.")]
 EngineUrl = Annotated[str | None, _target_option("An engine that runs already; see `paceline doctor --show-command`.")]
 CaptureLayers = Annotated[
     str | None, _target_option("Layers that an engine other than hf is started for: 1,17,32.", metavar="LAYERS")

@@ -17,8 +17,8 @@ class TargetConfig(Config):
     """Path or hub id of a transformers causal language model."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
-    engine: Literal["hf", "vllm"] = "hf"
-    """Who runs it: "hf" is transformers; "vllm" is a server of that engine, which `paceline serve` starts."""
+    engine: Literal["hf", "vllm", "sglang"] = "hf"
+    """Who runs it: "hf" is transformers; "vllm" and "sglang" are servers of these, which `paceline serve` starts."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """"auto" is the checkpoint's own."""
     device: str = "auto"

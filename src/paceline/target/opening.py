@@ -24,9 +24,10 @@ from paceline.target.engines.starting import is_ready, start_engine
 from paceline.target.hf.engine import HFEngine
 from paceline.target.hf.loading import load_config, resolve_checkpoint
 from paceline.target.interface import Engine, OnLost
+from paceline.target.sglang.kind import SGLANG
 from paceline.target.vllm.kind import VLLM
 
-ENGINES: dict[str, EngineKind] = {"vllm": VLLM}
+ENGINES: dict[str, EngineKind] = {"vllm": VLLM, "sglang": SGLANG}
 """By `target.engine`; "hf" is no server."""
 _OF_TRANSFORMERS = ("attention", "compile", "device_map", "documents")
 logger = logging.getLogger(__name__)

@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 _NUM_PROBE_TOKENS = 8
 _LAST_WORDS_S = 10.0
-"""vLLM's server ends some seconds after its core."""
+"""An engine's server ends some seconds after its core."""
 _LOGIT_TOLERANCE = 5e-2
 """Of the largest logit; Engine and torch round differently, and a tie may go either way."""
 
@@ -234,7 +234,7 @@ class DocumentEngine:
         return document.hidden
 
     def _pack(self, row: _Row) -> None:
-        """On the packer's thread: documents end to end, then what vLLM does not return."""
+        """On the packer's thread: documents end to end, then what the engine does not return."""
         try:
             features = self._features(row)
         except torch.OutOfMemoryError as error:
@@ -295,7 +295,7 @@ class DocumentEngine:
 
     @torch.no_grad()
     def _prove(self) -> None:
-        """Raise unless vLLM's own next token is the one that our norm and lm_head find in its hidden states."""
+        """Raise unless the engine's own next token is the one that our norm and lm_head find in its hidden states."""
         info, outer = self.info(), self._outer
         tokens = np.linspace(0, info.num_tokenizer_tokens - 1, _NUM_PROBE_TOKENS).astype(np.int32)
         document = self._server.capture(tokens)

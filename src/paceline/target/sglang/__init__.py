@@ -1,0 +1,1 @@
+"""SGLang as a target: started or reached, one request a document."""

@@ -1,0 +1,201 @@
+"""What SGLang loads to write hidden states to files; runs in its scheduler, which needs nothing else of paceline.
+
+`--forward-hooks` puts a hook on each captured decoder layer, and one on the module around them: it ends after them, and
+is given the batch. A hook never raises: that would end the engine.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+RID_PREFIX = "paceline-"
+"""Requests of other clients, and SGLang's own of its health, are not written."""
+_NUM_WRITERS = 4
+_MAX_WAITING_BYTES = 2 << 30
+"""Of states on their way into files; the model waits for the files beyond that."""
+
+Hook = Callable[[nn.Module, tuple[Any, ...], Any], None]
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """The tokens of one request in one batch."""
+
+    rid: str
+    first: int
+    """Of the request's tokens."""
+    start: int
+    """Of the batch's."""
+    end: int
+
+
+class _Capture:
+    """The hidden states of the batch that is computed now, and those on their way into files."""
+
+    def __init__(self, layers: tuple[int, ...], directory: Path) -> None:
+        self._slots = {layer: slot for slot, layer in enumerate(layers)}
+        self._layer_ids = torch.tensor(layers, dtype=torch.int64)
+        self._directory = directory
+        self._states: Tensor | None = None
+        self._taken: set[int] = set()
+        self._fault = ""
+        self._stream = torch.cuda.Stream() if torch.cuda.is_available() else None
+        self._writers = ThreadPoolExecutor(_NUM_WRITERS, "paceline-writer")
+        self._room = threading.Condition()
+        self._waiting_bytes = 0
+
+    def take(self, layer: int, output: Any) -> None:
+        """One layer's output: (hidden, residual), of which the next layer would compute the sum, or the sum itself."""
+        hidden, residual = output if isinstance(output, tuple) and len(output) > 1 else (output, None)
+        if isinstance(hidden, tuple):
+            (hidden,) = hidden
+        if getattr(hidden, "_sglang_needs_allreduce_fusion", False):
+            self._fault = (
+                f"layer {layer}'s output is not summed over GPUs when it ends: start SGLang with "
+                "--enforce-disable-flashinfer-allreduce-fusion"
+            )
+        if self._states is None or layer in self._taken:
+            self._taken.clear()
+            self._states = hidden.new_empty(hidden.shape[0], len(self._slots), hidden.shape[-1])
+        slot = self._states[:, self._slots[layer]]
+        # Now: the next layer's norm writes into both.
+        if residual is None:
+            slot.copy_(hidden)
+        else:
+            torch.add(hidden, residual, out=slot)
+        self._taken.add(layer)
+
+    def finish(self, arguments: tuple[Any, ...]) -> None:
+        """All layers of a batch were computed; `arguments` are those of the module around them."""
+        batch = next((one for one in arguments if hasattr(one, "extend_seq_lens_cpu")), None)
+        if batch is None:  # a module further out may be given it
+            return
+        states, self._states = self._states, None
+        taken, self._taken = self._taken, set()
+        fault, self._fault = self._fault, ""
+        if states is None or not batch.forward_mode.is_extend():
+            return
+        parts = list(_parts(batch))
+        if not parts:
+            return
+        if missing := sorted(set(self._slots) - taken):
+            fault = f"layers {missing} were not computed by modules of their names"
+        if fault:
+            for part in parts:
+                self._tell(part, fault)
+            return
+        num_bytes = states.numel() * states.element_size()
+        with self._room:
+            self._room.wait_for(
+                lambda: self._waiting_bytes + num_bytes <= _MAX_WAITING_BYTES or not self._waiting_bytes
+            )
+            self._waiting_bytes += num_bytes
+        self._hand_over(parts, states, batch.input_ids, num_bytes)
+
+    def _hand_over(self, parts: list[_Part], states: Tensor, tokens: Tensor, num_bytes: int) -> None:
+        left = len(parts)
+        lock = threading.Lock()
+
+        def over(_: Any) -> None:
+            nonlocal left
+            with lock:
+                left -= 1
+                last = left == 0
+            if last:
+                with self._room:
+                    self._waiting_bytes -= num_bytes
+                    self._room.notify_all()
+
+        tokens = tokens.to(torch.int64, copy=True)  # SGLang writes the next batch's into the same place
+        kept, copied = self._to_host([states, tokens])
+        for part in parts:
+            self._writers.submit(self._write, part, kept, copied).add_done_callback(over)
+
+    def _to_host(self, tensors: list[Tensor]) -> tuple[list[Tensor], torch.cuda.Event | None]:
+        """Copies that are there when the event has happened; the model's stream does not wait for them."""
+        if self._stream is None or not tensors[0].is_cuda:
+            return tensors, None
+        self._stream.wait_stream(torch.cuda.current_stream())
+        kept = []
+        with torch.cuda.stream(self._stream):
+            for tensor in tensors:
+                host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+                kept.append(host.copy_(tensor, non_blocking=True))
+                tensor.record_stream(self._stream)
+            copied = torch.cuda.Event()
+            copied.record()
+        return kept, copied
+
+    def _write(self, part: _Part, kept: list[Tensor], copied: torch.cuda.Event | None) -> None:
+        states, tokens = kept
+        path = self._directory / f"{part.rid}.{part.first}.safetensors"
+        partial = path.with_name(f".{path.name}")
+        try:
+            if copied is not None:
+                copied.synchronize()
+            rows = slice(part.start, part.end)
+            save_file(
+                {"hidden_states": states[rows], "token_ids": tokens[rows], "layer_ids": self._layer_ids}, str(partial)
+            )
+            partial.replace(path)
+        except Exception as error:
+            logger.exception("hidden states of %s cannot be written", part.rid)
+            partial.unlink(missing_ok=True)
+            self._tell(part, f"hidden states cannot be written to {path}: {error}")
+
+    def _tell(self, part: _Part, fault: str) -> None:
+        """A file that says why there is no other."""
+        try:
+            (self._directory / f"{part.rid}.error").write_text(fault, encoding="utf-8")
+        except OSError:
+            logger.exception("%s; nor can this be written", fault)
+
+
+def _parts(batch: Any) -> Iterator[_Part]:
+    """Those of our requests, in a batch whose requests lie end to end."""
+    start = 0
+    for rid, first, length in zip(batch.rids, batch.extend_prefix_lens_cpu, batch.extend_seq_lens_cpu, strict=False):
+        end = start + int(length)
+        if str(rid).startswith(RID_PREFIX):
+            yield _Part(str(rid), int(first), start, end)
+        start = end
+
+
+_captures: dict[str, _Capture] = {}
+
+
+def build_hook(config: Mapping[str, Any]) -> Hook | None:
+    """A hook for `--forward-hooks`; None in processes whose states another one has, too.
+
+    Args:
+        config: "directory"; "layers", all that are captured, 0-based and ascending; "layer", the one this hook is for,
+            or None for the module around them.
+    """
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_rank() > 0:
+        return None
+    layers, layer = tuple(config["layers"]), config["layer"]
+    directory = str(config["directory"])
+    capture = _captures.setdefault(directory, _Capture(layers, Path(directory)))
+
+    def hook(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        try:
+            if layer is None:
+                capture.finish(arguments)
+            else:
+                capture.take(layer, output)
+        except Exception:
+            logger.exception("hidden states of a batch are lost")
+
+    return hook

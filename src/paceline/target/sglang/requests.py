@@ -1,0 +1,170 @@
+"""One document through an SGLang server: the request, and the files of hidden states that answer it."""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections import deque
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from paceline.errors import CaptureMismatchError, TargetError, TransportError
+from paceline.target.engines.http_calls import EngineCalls
+from paceline.target.engines.interface import CapturedDocument, EngineAddress
+from paceline.target.sglang.inside.paceline_sglang_hooks import RID_PREFIX
+from paceline.target.sglang.server import HOOK_FACTORY
+
+_LONGEST_RECHECK_S = 0.02
+_FILE_S = 60.0
+"""Files are on their way when the answer comes."""
+_NUM_GIVEN_UP = 256
+"""Requests whose files are looked for after they failed: what is late is late by seconds."""
+
+
+class SGLangRequests:
+    """Documents through one server (`target.engines.interface.DocumentServer`)."""
+
+    def __init__(self, address: EngineAddress) -> None:
+        """Ask the server what it serves.
+
+        Raises:
+            TransportError: it does not answer.
+            TargetError: it refuses, or was not started for this.
+        """
+        self.name = f"SGLang at {address.url}"
+        self.layers = address.layers
+        self._directory = address.directory
+        self._calls = EngineCalls(self.name, address.url, address.key)
+        self._lock = threading.Lock()
+        self._given_up: deque[str] = deque(maxlen=_NUM_GIVEN_UP)
+        served = self._calls.call("GET", "/server_info")
+        try:
+            self.max_tokens = int(served["max_req_input_len"]) - 1
+            """Of one document."""
+        except (KeyError, TypeError, ValueError) as error:
+            raise TargetError(
+                f"{self.name} does not say how many tokens it takes ({error!r}): is it SGLang?"
+            ) from error
+        self._check_options(served)
+
+    def capture(self, tokens: np.ndarray) -> CapturedDocument:
+        """Hidden states of one document, int32[n]; the server's files are gone afterwards.
+
+        Raises:
+            CaptureMismatchError: other tokens or layers than were asked for.
+            TransportError: the server or its files are gone; asking again, or another server, can help.
+            TargetError: the server refused.
+        """
+        self._sweep()
+        sent, rid = tokens.tolist(), f"{RID_PREFIX}{uuid.uuid4().hex}"
+        body = {
+            "input_ids": sent,
+            "rid": rid,
+            "sampling_params": {
+                "max_new_tokens": 1,
+                "temperature": 0,
+                "repetition_penalty": 1.0,  # a checkpoint's generation_config.json may say otherwise
+                "ignore_eos": True,
+            },
+        }
+        try:
+            answer = self._calls.call("POST", "/generate", body)
+            next_token = self._next_token(answer)
+            parts = self._read_parts(rid, len(sent))
+        except BaseException:
+            with self._lock:
+                self._given_up.append(rid)
+            raise
+        received = [token for part in parts for token in part["token_ids"].tolist()]
+        if received != sent:
+            raise CaptureMismatchError(
+                f"SGLang captured {len(received)} tokens {received[:8]}..., {len(sent)} were sent: {sent[:8]}..."
+            )
+        hidden = [part["hidden_states"] for part in parts]
+        layers = parts[0]["layer_ids"].tolist()
+        return CapturedDocument(hidden[0] if len(hidden) == 1 else torch.cat(hidden), layers, next_token)
+
+    def is_alive(self) -> bool:
+        """Whether it answers /health."""
+        return self._calls.is_healthy()
+
+    def close(self) -> None:
+        """End the requests that are out; their threads see a TransportError."""
+        self._calls.close()
+
+    def _check_options(self, served: dict[str, Any]) -> None:
+        hooks = served.get("forward_hooks") or []
+        ours = [hook for hook in hooks if hook.get("hook_factory") == HOOK_FACTORY]
+        problem = None
+        if not ours:
+            problem = "writes no hidden states"
+        elif not served.get("disable_radix_cache"):
+            problem = "has its radix cache on, whose tokens have no hidden states"
+        if problem is not None:
+            raise TargetError(
+                f"{self.name} {problem}: start it with the options that `paceline doctor MODEL --engine sglang "
+                "--show-command` prints"
+            )
+
+    def _next_token(self, answer: dict[str, Any]) -> int:
+        reason = (answer.get("meta_info") or {}).get("finish_reason") or {}
+        if reason.get("type") == "abort":
+            raise TransportError(f"{self.name} ended a request: {reason.get('message')}")
+        (token,) = answer["output_ids"]
+        return int(token)
+
+    def _read_parts(self, rid: str, num_tokens: int) -> list[dict[str, Tensor]]:
+        """One part a prefill chunk, in the order of tokens."""
+        deadline = time.monotonic() + _FILE_S
+        parts: list[dict[str, Tensor]] = []
+        first = 0
+        while first < num_tokens:
+            part = self._read(rid, first, deadline)
+            length = len(part["token_ids"])
+            if not 0 < length <= num_tokens - first:
+                raise CaptureMismatchError(
+                    f"SGLang captured {length} tokens from token {first} on of a document of {num_tokens}"
+                )
+            parts.append(part)
+            first += length
+        return parts
+
+    def _read(self, rid: str, first: int, deadline: float) -> dict[str, Tensor]:
+        """The tensors of a file, which is removed."""
+        path = self._directory / f"{rid}.{first}.safetensors"
+        pause_s = 0.0005
+        while not path.exists():
+            self._raise_fault(rid)
+            if self._calls.closed or time.monotonic() > deadline:
+                raise TransportError(
+                    f"{self.name} answered, and wrote no {path.name} within {_FILE_S:.0f} s: what its log says of "
+                    "hidden states, or of forward hooks, tells why"
+                )
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_RECHECK_S)
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise TransportError(f"hidden states in {path} cannot be read ({error})") from error
+        finally:
+            path.unlink(missing_ok=True)
+
+    def _raise_fault(self, rid: str) -> None:
+        """What the engine says instead of a file."""
+        path = self._directory / f"{rid}.error"
+        if path.exists():
+            raise TransportError(f"{self.name}: {path.read_text(encoding='utf-8')}")
+
+    def _sweep(self) -> None:
+        """Remove what came for requests that were given up."""
+        with self._lock:
+            rids = list(self._given_up)
+        for rid in rids:
+            for path in self._directory.glob(f"{rid}.*"):
+                path.unlink(missing_ok=True)

@@ -1,0 +1,88 @@
+"""The command line of an SGLang server that writes hidden states."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from paceline.config.target import TargetConfig
+from paceline.target.engines.flags import check_not_set, option_name, write_flags
+from paceline.target.engines.interface import EngineAddress
+from paceline.target.engines.programs import EngineProgram
+
+INSIDE = Path(__file__).with_name("inside")
+"""A folder for SGLang's import path."""
+HOOK_FACTORY = "paceline_sglang_hooks:build_hook"
+_OWN_FLAGS = (
+    *("model", "model-path", "host", "port", "config", "api-key", "admin-api-key", "forward-hooks"),
+    *("disable-radix-cache", "disable-cuda-graph", "skip-tokenizer-init"),
+    # Each of these would change, cut, mix or spread what a hook sees.
+    *("allow-auto-truncate", "enable-mixed-chunk", "speculative-algorithm", "enable-dp-attention", "enable-lora"),
+    *("enable-two-batch-overlap", "pp-size", "pipeline-parallel-size", "enable-prefill-cp", "disaggregation-mode"),
+)
+_TENSOR_PARALLEL = ("tp", "tp-size", "tensor-parallel-size")
+_BODIES = ("model", "language_model", "language_model.model", "model.language_model")
+"""Where architectures keep their decoder layers."""
+
+
+def capture_flags(layers: Sequence[int], directory: Path) -> list[str]:
+    """Command line words with which an SGLang writes hidden states as the engine reads them.
+
+    Args:
+        layers: 0-based, ascending.
+    """
+    shared = {"layers": list(layers), "directory": str(directory)}
+    hooks = [_hook(f"layer {layer}", f".layers.{layer}", {**shared, "layer": layer}) for layer in layers]
+    hooks.append(_hook("batch", "", {**shared, "layer": None}))
+    return [
+        *("--forward-hooks", json.dumps(hooks)),
+        "--disable-radix-cache",  # a cached prefix is not computed again, and has no hidden states
+        "--disable-cuda-graph",  # a graph runs no hooks
+        "--skip-tokenizer-init",
+    ]
+
+
+def sglang_command(config: TargetConfig, program: EngineProgram, checkpoint: Path, address: EngineAddress) -> list[str]:
+    """The command line of a server at `address`; INSIDE must be on its import path.
+
+    Raises:
+        ConfigError: options that are set here.
+    """
+    check_not_set(config.engine_args, _OWN_FLAGS, "SGLang")
+    parts = urlsplit(address.url)
+    return [
+        *(str(program.python), "-m", "sglang.launch_server", "--model-path", str(checkpoint)),
+        *("--host", str(parts.hostname), "--port", str(parts.port)),
+        *capture_flags(address.layers, address.directory),
+        *_flags_of_target(config),
+        *write_flags(config.engine_args),
+    ]
+
+
+def hand_key(key: str, root: Path) -> tuple[list[str], dict[str, str]]:
+    """The key in a file: SGLang reads it from no variable, and a command line is everybody's to read."""
+    path = root / "sglang.yaml"
+    path.write_text(json.dumps({"api-key": key}), encoding="utf-8")
+    return ["--config", str(path)], {}
+
+
+def _hook(name: str, end: str, config: dict[str, object]) -> dict[str, object]:
+    modules = [f"{body}{end}" for body in _BODIES]
+    return {"name": name, "target_modules": modules, "hook_factory": HOOK_FACTORY, "config": config}
+
+
+def _flags_of_target(config: TargetConfig) -> list[str]:
+    """Settings of [target] that SGLang has, too, unless `engine_args` have them."""
+    given = {option_name(name) for name in config.engine_args}
+    flags: dict[str, object] = {
+        "dtype": config.dtype,
+        "trust-remote-code": config.trust_remote_code,
+        "served-model-name": config.model,
+    }
+    if config.tensor_parallel > 1 and not given.intersection(_TENSOR_PARALLEL):
+        flags["tp-size"] = config.tensor_parallel
+        # Otherwise the sum over GPUs may be left to the next layer's norm, after our hook.
+        flags["enforce-disable-flashinfer-allreduce-fusion"] = True
+    return write_flags({name: value for name, value in flags.items() if name not in given})

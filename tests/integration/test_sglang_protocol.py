@@ -1,0 +1,222 @@
+"""The sglang engine against a stand-in that speaks SGLang's protocol: SGLang itself needs a GPU (tests/gpu)."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from contract.test_engine_contract import (  # noqa: F401  # collected here too, on this engine
+    EVERYTHING,
+    test_a_cancelled_row_is_skipped,
+    test_a_wrong_request_fails_alone,
+    test_features_equal_transformers_eager,
+    test_info_is_the_same_object_every_time,
+    test_room_shrinks_with_rows_in_flight_and_returns,
+    test_twenty_rows_submitted_without_waiting_come_back_right,
+)
+from paceline.config.target import TargetConfig
+from paceline.errors import CaptureMismatchError, ConfigError, PacelineError, TargetError, TransportError
+from paceline.target.engines.document_engine import DocumentEngine
+from paceline.target.engines.interface import EngineAddress
+from paceline.target.engines.outer_parts import load_outer_parts
+from paceline.target.engines.process import EngineProcess
+from paceline.target.engines.programs import find_program
+from paceline.target.engines.starting import is_ready, start_engine
+from paceline.target.opening import engine_layers, open_engine
+from paceline.target.sglang.kind import SGLANG
+from paceline.target.sglang.requests import SGLangRequests
+from tiny import save_tiny_target, tiny_request
+
+STAND_IN = Path(__file__).parents[1] / "stand_in_sglang"
+LAYERS = (0, 2)
+pytestmark = pytest.mark.timeout(180)
+
+
+def target_config(path: Path, **changes: Any) -> TargetConfig:
+    settings = {
+        "model": str(path),
+        "device": "cpu",
+        "dtype": "float32",
+        "engine": "sglang",
+        "engine_args": {"chunked-prefill-size": 64},
+        "capture_layers": LAYERS,
+        "vocab_chunk_tokens": 7,
+    }
+    return TargetConfig(**{**settings, **changes})
+
+
+@contextlib.contextmanager
+def stand_in_installed(directory: Path, version: str = "0.5.14", **variables: str) -> Iterator[None]:
+    """The stand-in as the package of this Python."""
+    package = directory / f"sglang-{version}.dist-info"
+    package.mkdir(parents=True)
+    (package / "METADATA").write_text(f"Metadata-Version: 2.1\nName: sglang\nVersion: {version}\n")
+    path = [str(STAND_IN), str(directory), *filter(None, [os.environ.get("PYTHONPATH")])]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(path))
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        yield
+
+
+@contextlib.contextmanager
+def running(target: Path, directory: Path, **variables: str) -> Iterator[tuple[EngineProcess, EngineAddress]]:
+    config = target_config(target)
+    with stand_in_installed(directory, **variables):
+        program = find_program(config, SGLANG.packages)
+        process, address = start_engine(SGLANG, config, program, target, engine_layers(LAYERS, 4))
+    with contextlib.closing(process):
+        process.wait_until(lambda: is_ready(SGLANG, address), 120)
+        yield process, address
+
+
+@pytest.fixture(scope="module")
+def server(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineAddress]:
+    with running(tiny_target, tmp_path_factory.mktemp("sglang")) as (_, address):
+        yield address
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_target: Path, server: EngineAddress) -> Iterator[DocumentEngine]:
+    config = target_config(tiny_target)
+    with contextlib.closing(DocumentEngine(config, SGLANG.connect(server), load_outer_parts(config))) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_target: Path):
+    return AutoModelForCausalLM.from_pretrained(tiny_target, attn_implementation="eager").eval()
+
+
+def test_chunks_of_a_document_are_joined_and_their_files_removed(engine: DocumentEngine, reference, server):
+    """Chunks of 64 tokens, together with others' in one batch."""
+    rows = [tiny_request((200, 64, 1, 65), seed=1), tiny_request((500,), seed=2)]
+    futures = [engine.capture(row, EVERYTHING) for row in rows]
+    for row, future in zip(rows, futures, strict=True):
+        features = future.result(60)
+        for start, end in zip(row.documents, row.documents[1:], strict=False):
+            with torch.no_grad():
+                text = torch.from_numpy(row.tokens[start:end]).long()[None]
+                expected = reference(text, output_hidden_states=True).hidden_states
+            for slot, layer in ((0, 0), (1, 2)):
+                torch.testing.assert_close(
+                    features.hidden[start:end, slot], expected[layer + 1][0], rtol=1e-4, atol=1e-4
+                )
+    assert list(server.directory.iterdir()) == []
+
+
+def test_requests_of_others_are_not_written(server: EngineAddress):
+    requests = SGLANG.connect(server)
+    body = {"input_ids": [1, 2, 3], "rid": "somebody", "sampling_params": {}}
+    assert len(requests._calls.call("POST", "/generate", body)["output_ids"]) == 1
+    assert list(server.directory.iterdir()) == []
+
+
+def test_a_server_of_other_layers_is_refused(tiny_target: Path, server: EngineAddress):
+    config = target_config(tiny_target)
+    with pytest.raises(CaptureMismatchError, match=r"captured layers \[0, 2, 3\].*expected \[0, 1, 3\]"):
+        DocumentEngine(config, SGLANG.connect(replace(server, layers=(0, 1, 3))), load_outer_parts(config))
+
+
+def test_a_server_of_another_checkpoint_is_refused(tiny_target: Path, server: EngineAddress, tmp_path: Path):
+    other = target_config(save_tiny_target(tmp_path / "other", seed=1))
+    with pytest.raises(TargetError, match="does it run another checkpoint"):
+        DocumentEngine(other, SGLANG.connect(server), load_outer_parts(other))
+
+
+def test_a_server_with_another_key_refuses(server: EngineAddress):
+    with pytest.raises(TargetError, match="401"):
+        SGLANG.connect(replace(server, key="wrong"))
+
+
+def test_the_key_is_on_no_command_line(server: EngineAddress):
+    lines = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
+    assert any(b"sglang.launch_server" in line for line in lines)
+    assert not any(server.key.encode() in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("fault", "error", "message"),
+    [
+        ("not summed", TransportError, "is not summed over GPUs.*enforce-disable-flashinfer-allreduce-fusion"),
+        ("abort", TransportError, "ended a request: out of memory"),
+    ],
+)
+def test_what_goes_wrong_inside_is_said(tiny_target: Path, tmp_path: Path, fault: str, error: type, message: str):
+    with running(tiny_target, tmp_path / "package", STAND_IN_FAULT=fault) as (_, address):
+        requests = SGLANG.connect(address)
+        for _ in range(2):
+            with pytest.raises(error, match=message):
+                requests.capture(tiny_request((5,)).tokens)
+        assert len(list(address.directory.iterdir())) <= 1, "those of requests that failed are removed by the next"
+
+
+def test_a_server_that_was_started_otherwise_is_refused():
+    requests = SGLangRequests.__new__(SGLangRequests)
+    requests.name = "SGLang at x"
+    hooks = [{"hook_factory": "paceline_sglang_hooks:build_hook"}]
+    for served, problem in (
+        ({"forward_hooks": None, "disable_radix_cache": True}, "writes no hidden states"),
+        ({"forward_hooks": [{"hook_factory": "other:hook"}], "disable_radix_cache": True}, "writes no hidden states"),
+        ({"forward_hooks": hooks, "disable_radix_cache": False}, "has its radix cache on"),
+    ):
+        with pytest.raises(TargetError, match=problem):
+            requests._check_options(served)
+
+
+@pytest.mark.parametrize(
+    "option", ["forward-hooks", "disable-radix-cache", "speculative-algorithm", "allow-auto", "pp-size"]
+)
+def test_options_that_are_set_here_are_refused(tiny_target: Path, tmp_path: Path, option: str):
+    config = target_config(tiny_target, engine_args={option: "1"})
+    with (
+        stand_in_installed(tmp_path / "package"),
+        pytest.raises(ConfigError, match=f"target.engine_args of SGLang hold --{option}"),
+        open_engine(config),
+    ):
+        pass
+
+
+def run_command(words: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "paceline.cli", *words], capture_output=True, text=True, timeout=170, check=False
+    )
+
+
+@pytest.mark.long
+def test_the_whole_way_from_doctor_to_verdict(tiny_target: Path, tmp_path: Path):
+    """`paceline doctor` starts it, tests it, and ends it."""
+    with stand_in_installed(tmp_path / "package"):
+        words = ["doctor", str(tiny_target), "--engine", "sglang", "target.device=cpu"]
+        result = run_command(words)
+    assert result.returncode == 0, result.stderr
+    assert "self-test of SGLang" in result.stdout + result.stderr
+
+
+def test_the_command_for_an_engine_of_ones_own_names_hooks_and_key(tiny_target: Path, tmp_path: Path):
+    where = ["--engine-url", "http://127.0.0.1:1", f"target.engine_directory={tmp_path}"]
+    with stand_in_installed(tmp_path / "package"):
+        words = ["doctor", str(tiny_target), "--engine", "sglang", "--show-command", *where]
+        result = run_command(words)
+    assert result.returncode == 0, result.stderr
+    line = result.stdout.strip().splitlines()[-1]
+    assert '--api-key "$PACELINE_ENGINE_KEY"' in line
+    assert json.dumps(str(tmp_path))[1:-1] in line
+
+
+def test_errors_are_ours(tiny_target: Path, tmp_path: Path):
+    with (
+        stand_in_installed(tmp_path / "package"),
+        pytest.raises(PacelineError, match="unrecognized arguments: --no-such-option"),
+        open_engine(target_config(tiny_target, engine_args={"no-such-option": 1})),
+    ):
+        pass
