@@ -158,7 +158,7 @@ def running(
 
 def fetch_rows(config: TargetConfig, address: EngineAddress, arguments: argparse.Namespace, results: Results) -> None:
     """Rows from `paceline serve`, attached to the capturing vLLM, to where a trainer would have them."""
-    os.environ[ENGINE_KEY] = address.api_key
+    os.environ[ENGINE_KEY] = address.key
     words = [
         *("--engine", "vllm", "--engine-url", address.url, "--dtype", config.dtype),
         *("--capture-layers", ",".join(map(str, arguments.layers)), f"target.engine_directory={address.directory}"),
