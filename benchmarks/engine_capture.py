@@ -4,29 +4,42 @@
     python benchmarks/engine_capture.py /tmp/target-8b --python /opt/vllm/bin/python -- --max-model-len 4096
 
 Starts vLLM twice with the same options, without and with capture, and sends the same documents, some at a time. Plain
-requests ask for one token, as the capture's do. Then the `hf` engine on the same documents, packed into rows.
+requests ask for one token, as the capture's do. Then `paceline serve` is attached to the capturing vLLM, and rows are
+fetched as a trainer fetches them. Last the `hf` engine on the same documents, packed into rows.
+
+With --side-by-side both vLLMs stay on one GPU and take turns: give each less than half of it
+(`--gpu-memory-utilization 0.4 --kv-cache-memory-bytes 12G`). Every figure is one line of JSON in --out at once.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
+import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from disaggregation import finish, remote_servers, row_at, serve, stream_from
+from paceline.client.remote import RemoteConnection
+from paceline.config.placement import PoolConfig, TransportConfig
 from paceline.config.target import TargetConfig
+from paceline.errors import PacelineError
 from paceline.schema.features import FeatureSpec
 from paceline.schema.rows import RowRequest
 from paceline.target.engines.flags import parse_flags, write_flags
-from paceline.target.engines.http_calls import EngineCalls
+from paceline.target.engines.http_calls import ENGINE_KEY, EngineCalls
+from paceline.target.engines.interface import EngineAddress
 from paceline.target.engines.process import EngineProcess, private_directory
 from paceline.target.engines.programs import EngineProgram, child_environment, find_program, free_port
 from paceline.target.engines.starting import is_ready, start_engine
@@ -35,6 +48,39 @@ from paceline.target.opening import engine_layers
 from paceline.target.vllm.kind import VLLM
 
 Send = Callable[[np.ndarray], object]
+NUM_WARM_UP_ROWS = 4
+
+
+class Results:
+    """Figures, printed with the time since the start and written at once."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._begin_s, self._path = time.monotonic(), path
+
+    def say(self, text: str) -> None:
+        print(f"[{time.monotonic() - self._begin_s:6.1f} s] {text}", flush=True)
+
+    def record(self, what: str, **figures: Any) -> None:
+        shown = ", ".join(
+            f"{key} {value:,.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in figures.items()
+        )
+        self.say(f"{what}: {shown}")
+        if self._path is not None:
+            with self._path.open("a") as file:
+                file.write(json.dumps({"what": what, **figures}) + "\n")
+
+
+@dataclass(frozen=True)
+class Started:
+    """A vLLM that may not be ready yet."""
+
+    name: str
+    process: EngineProcess
+    is_ready: Callable[[], bool]
+    connect: Callable[[], Send]
+    """Once it is ready."""
+    address: EngineAddress | None = None
+    """Of one that captures."""
 
 
 def documents(arguments: argparse.Namespace) -> list[np.ndarray]:
@@ -42,22 +88,26 @@ def documents(arguments: argparse.Namespace) -> list[np.ndarray]:
     return [draw.integers(10, arguments.vocab, arguments.tokens, dtype=np.int32) for _ in range(arguments.documents)]
 
 
-def measure(name: str, send: Send, arguments: argparse.Namespace) -> float:
-    """Median tokens/s of some rounds of all documents, after one that is not counted."""
+def measure(ways: dict[str, Send], arguments: argparse.Namespace, results: Results) -> dict[str, float]:
+    """Median tokens/s of some rounds of all documents; the ways take turns, and the first round is not counted."""
     sent = documents(arguments)
-    rates = []
+    rates: dict[str, list[float]] = {name: [] for name in ways}
     with ThreadPoolExecutor(arguments.in_flight) as pool:
-        for _ in range(arguments.repeats + 1):
-            begin = time.perf_counter()
-            list(pool.map(send, sent))
-            rates.append(len(sent) * arguments.tokens / (time.perf_counter() - begin))
-    counted = rates[1:]
-    median = statistics.median(counted)
-    print(f"{name}: {median:,.0f} tokens/s ({min(counted):,.0f} to {max(counted):,.0f}, of {len(counted)})", flush=True)
-    return median
+        for round_ in range(arguments.repeats + 1):
+            for name, send in ways.items():
+                begin = time.perf_counter()
+                list(pool.map(send, sent))
+                rate = len(sent) * arguments.tokens / (time.perf_counter() - begin)
+                results.record(f"{name}, round {round_}", tokens_per_s=rate)
+                rates[name].append(rate)
+    medians = {name: statistics.median(values[1:]) for name, values in rates.items()}
+    for name, median in medians.items():
+        counted = rates[name][1:]
+        results.record(name, tokens_per_s=median, lowest=min(counted), highest=max(counted), num_rounds=len(counted))
+    return medians
 
 
-def plain(config: TargetConfig, program: EngineProgram, arguments: argparse.Namespace) -> float:
+def start_plain(config: TargetConfig, program: EngineProgram) -> Started:
     """Prefill alone, by the engine's own server."""
     url = f"http://127.0.0.1:{free_port()}"
     command = [
@@ -66,31 +116,95 @@ def plain(config: TargetConfig, program: EngineProgram, arguments: argparse.Name
         *("--dtype", config.dtype, *write_flags(config.engine_args)),
     ]
     variables = child_environment(config, program, VLLM.inside) | {"HF_HUB_OFFLINE": "1", "VLLM_HOST_IP": "127.0.0.1"}
-    with contextlib.closing(EngineProcess("vLLM", private_directory("vllm"), command, variables)) as process:
-        calls = EngineCalls("vLLM", url)
-        process.wait_until(calls.is_healthy, config.engine_start_timeout_s)
+    calls = EngineCalls("vLLM", url)
 
-        def send(tokens: np.ndarray) -> object:
-            body = {"model": config.model, "prompt": tokens.tolist(), "max_tokens": 1, "temperature": 0}
-            return calls.call("POST", "/v1/completions", body)
+    def send(tokens: np.ndarray) -> object:
+        body = {"model": config.model, "prompt": tokens.tolist(), "max_tokens": 1, "temperature": 0}
+        return calls.call("POST", "/v1/completions", body)
 
-        return measure(f"vLLM {program.version}, plain", send, arguments)
+    process = EngineProcess("vLLM, plain", private_directory("vllm"), command, variables)
+    return Started("plain", process, calls.is_healthy, lambda: send)
 
 
-def captured(config: TargetConfig, program: EngineProgram, arguments: argparse.Namespace) -> float:
-    layers = engine_layers(tuple(arguments.layers), arguments.num_layers)
+def start_captured(config: TargetConfig, program: EngineProgram, layers: tuple[int, ...]) -> Started:
     process, address = start_engine(VLLM, config, program, Path(config.model), layers)
-    with contextlib.closing(process):
-        process.wait_until(lambda: is_ready(VLLM, address), config.engine_start_timeout_s)
-        requests = VLLM.connect(address)
-        return measure(f"vLLM {program.version}, layers {list(layers)} captured", requests.capture, arguments)
+    return Started("capture", process, lambda: is_ready(VLLM, address), lambda: VLLM.connect(address).capture, address)
 
 
-def with_transformers(config: TargetConfig, arguments: argparse.Namespace) -> float:
+@contextlib.contextmanager
+def running(
+    names: list[str], config: TargetConfig, program: EngineProgram, arguments: argparse.Namespace, results: Results
+) -> Iterator[list[Started]]:
+    """These vLLMs, started together and ready; their logs are kept beside --out."""
+    layers = engine_layers(tuple(arguments.layers), arguments.num_layers)
+    started: list[Started] = []
+    try:
+        for name in names:
+            plain = name == "plain"
+            one = start_plain(config, program) if plain else start_captured(config, program, layers)
+            started.append(one)
+        for one in started:
+            one.process.wait_until(one.is_ready, config.engine_start_timeout_s)
+            results.say(f"vLLM {program.version}, {one.name}, is ready")
+        yield started
+    finally:
+        for one in started:
+            if arguments.out is not None:
+                with contextlib.suppress(OSError):
+                    shutil.copy(one.process.log, arguments.out.with_name(f"vllm-{one.name}.log"))
+            one.process.close()
+        results.say(f"vLLM ended: {', '.join(names)}")
+
+
+def fetch_rows(config: TargetConfig, address: EngineAddress, arguments: argparse.Namespace, results: Results) -> None:
+    """Rows from `paceline serve`, attached to the capturing vLLM, to where a trainer would have them."""
+    os.environ[ENGINE_KEY] = address.key
+    words = [
+        *("--engine", "vllm", "--engine-url", address.url, "--dtype", config.dtype),
+        *("--capture-layers", ",".join(map(str, arguments.layers)), f"target.engine_directory={address.directory}"),
+    ]
+    if arguments.out is not None:
+        words += ["--log-file", str(arguments.out.with_name("serve.log"))]
+    if arguments.selftest_reference is None:
+        words += ["target.selftest=false"]
+    else:
+        words += [f"target.selftest_reference={arguments.selftest_reference}"]
+    device = torch.device(arguments.device)
+    spec = FeatureSpec(tuple(arguments.layers), final_hidden="supervised", greedy=True)
+    with serve(config.model, [arguments.device], words) as urls:
+        results.say(f"paceline serves at {urls[0]}")
+        connection = RemoteConnection(urls[0], TransportConfig(kind="http"), PoolConfig(), device)
+        info = connection.info()
+        connection.close()
+        lengths = [arguments.tokens] * max(1, arguments.row_tokens // arguments.tokens)
+        rows = row_at(lengths, arguments.share, info.num_tokenizer_tokens)
+        num_rows = max(1, arguments.repeats * arguments.documents // len(lengths))
+        for transport in arguments.transports:
+            servers = remote_servers(urls, transport, arguments.prefetch, device)
+            with stream_from(servers, spec, info, rows, arguments.prefetch) as (stream, _):
+                for _ in range(NUM_WARM_UP_ROWS):
+                    next(stream)
+                begin, num_bytes = time.perf_counter(), stream.stats.bytes_received
+                for _ in range(num_rows):
+                    next(stream)
+                finish(device)
+                seconds = time.perf_counter() - begin
+                num_bytes = stream.stats.bytes_received - num_bytes
+            results.record(
+                f"rows by {transport}",
+                tokens_per_s=num_rows * sum(lengths) / seconds,
+                bytes_per_s=num_bytes / seconds,
+                num_rows=num_rows,
+            )
+
+
+def with_transformers(config: TargetConfig, arguments: argparse.Namespace, results: Results) -> float:
+    """Tokens/s of the hf engine, with final hidden states and greedy tokens, which vLLM's figure is without."""
     plain_config = TargetConfig(model=config.model, dtype=config.dtype, device=config.device, compile=arguments.compile)
     per_row = max(1, arguments.row_tokens // arguments.tokens)
     spec = FeatureSpec(tuple(arguments.layers), final_hidden="all", greedy=True)
     with contextlib.closing(HFEngine(plain_config)) as engine:
+        results.say("the hf engine is ready")
         lengths = [arguments.tokens] * per_row
 
         def send(tokens: np.ndarray) -> object:
@@ -104,30 +218,43 @@ def with_transformers(config: TargetConfig, arguments: argparse.Namespace) -> fl
             )
             return engine.capture(row, spec).result()
 
-        arguments.documents = max(1, arguments.documents // per_row)
-        rate = measure("hf, with final hidden and greedy", send, arguments) * per_row
-        print(f"  in rows of {per_row} documents: {rate:,.0f} tokens/s", flush=True)
+        fewer = argparse.Namespace(**vars(arguments) | {"documents": max(1, arguments.documents // per_row)})
+        rate = measure({"hf, one document of each row": send}, fewer, results).popitem()[1] * per_row
+        results.record("hf", tokens_per_s=rate, documents_per_row=per_row)
         return rate
 
 
-def main() -> None:
+def parse_arguments(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--python", help="that has vLLM; this one without")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--layers", nargs="+", type=int, default=[1, 17, 32])
     parser.add_argument("--num-layers", type=int, default=36, help="of the target")
     parser.add_argument("--vocab", type=int, default=150_000)
     parser.add_argument("--tokens", type=int, default=2048, help="of a document")
     parser.add_argument("--documents", type=int, default=64)
     parser.add_argument("--in-flight", type=int, default=16)
-    parser.add_argument("--row-tokens", type=int, default=8192, help="of the hf engine's rows")
+    parser.add_argument("--row-tokens", type=int, default=8192, help="of rows")
+    parser.add_argument("--share", type=float, default=0.6, help="supervised share of every document of fetched rows")
+    parser.add_argument("--prefetch", type=int, default=8, help="rows asked for ahead")
+    parser.add_argument("--transports", nargs="+", default=["http", "file"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--compile", action="store_true", help="the hf engine's layers")
-    parser.add_argument("--what", nargs="+", default=["plain", "capture", "hf"])
+    parser.add_argument("--side-by-side", action="store_true", help="both vLLMs at one time on one GPU")
+    parser.add_argument(
+        "--selftest-reference", help="a file of `paceline doctor --save-reference`: test the engine, too"
+    )
+    parser.add_argument("--out", type=Path, help="JSON lines; logs are kept beside it")
+    parser.add_argument("--what", nargs="+", default=["plain", "capture", "rows", "hf"])
+    return parser.parse_args(words)
+
+
+def main() -> None:
     words, _, flags = (" ".join(sys.argv[1:])).partition(" -- ")  # the engine's own options come after --
-    arguments = parser.parse_args(words.split())
+    arguments = parse_arguments(words.split())
+    results = Results(arguments.out)
     config = TargetConfig(
         model=arguments.model,
         dtype=arguments.dtype,
@@ -135,19 +262,26 @@ def main() -> None:
         engine="vllm",
         engine_python=arguments.python,
         engine_args=parse_flags(flags.split()),
+        engine_start_timeout_s=300,
         capture_layers=tuple(arguments.layers),
     )
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     program = find_program(config, VLLM.packages)
-    rates = {}
-    if "plain" in arguments.what:
-        rates["plain"] = plain(config, program, arguments)
-    if "capture" in arguments.what:
-        rates["capture"] = captured(config, program, arguments)
-    if len(rates) == 2:
-        print(f"capture at {rates['capture'] / rates['plain']:.1%} of plain prefill", flush=True)
+    vllms = [name for name in ("plain", "capture") if name in arguments.what]
+    rates: dict[str, float] = {}
+    for names in [vllms] if arguments.side_by_side else [[name] for name in vllms]:
+        with running(names, config, program, arguments, results) as started:
+            rates |= measure({one.name: one.connect() for one in started}, arguments, results)
+            if len(rates) == 2:
+                results.record("capture against plain", share=rates["capture"] / rates["plain"])
+            address = started[-1].address
+            if address is not None and "rows" in arguments.what:
+                try:
+                    fetch_rows(config, address, arguments, results)
+                except (SystemExit, PacelineError) as error:  # the hf engine's figure is wanted all the same
+                    results.record("rows failed", error=str(error))
     if "hf" in arguments.what:
-        with_transformers(config, arguments)
+        with_transformers(config, arguments, results)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """A checkpoint of Qwen3-8B's shapes with random weights, for runs where only speed and memory matter.
 
-    python benchmarks/make_random_target.py /tmp/target-8b [--layers 36]
+    python benchmarks/make_random_target.py /tmp/target-8b [--layers 36] [--hidden 4096]
+
+`--hidden` makes smaller ones of the same proportions: heads of 128, four to a key head, an MLP three times as wide.
 
 The tokenizer is the quickstart's (its tokens are the first rows of the embedding).
 """
@@ -62,9 +64,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--layers", type=int, default=36)
+    parser.add_argument("--hidden", type=int, default=4096, help="a multiple of 128")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
-    config = CONFIG | {"num_hidden_layers": arguments.layers}
+    num_heads = arguments.hidden // CONFIG["head_dim"]
+    config = CONFIG | {
+        "num_hidden_layers": arguments.layers,
+        "hidden_size": arguments.hidden,
+        "intermediate_size": 3 * arguments.hidden,
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": max(1, num_heads // 4),
+    }
     arguments.directory.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator(arguments.device).manual_seed(0)
 

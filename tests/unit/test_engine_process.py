@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -202,6 +203,16 @@ def test_an_engine_sees_the_gpus_of_its_device_alone(monkeypatch: pytest.MonkeyP
     assert visible_gpus(two, {}) == {"CUDA_VISIBLE_DEVICES": "1,2"}
     assert visible_gpus(two, {"CUDA_VISIBLE_DEVICES": "4,5,6,7"}) == {"CUDA_VISIBLE_DEVICES": "5,6"}
     assert visible_gpus(TargetConfig(model="m", device="cpu"), {}) == {}
+
+
+@pytest.mark.parametrize(("version", "ours"), [("0.25.1", False), ("0.26.0", True), ("0.32.0", True)])
+def test_a_vllm_whose_private_parts_are_known_gets_our_connector(version: str, ours: bool) -> None:
+    address = EngineAddress("http://127.0.0.1:1", Path("/nowhere"), (1, 3))
+    program = EngineProgram(Path(sys.executable), version)
+    words = VLLM.command(TargetConfig(model="m", engine="vllm"), program, Path("m"), address)
+    transfer = json.loads(words[words.index("--kv-transfer-config") + 1])
+    assert transfer["kv_connector"] == ("HiddenStatesConnector" if ours else "ExampleHiddenStatesConnector")
+    assert ("kv_connector_module_path" in transfer) == ours
 
 
 def test_close_ends_an_engine_that_is_deaf_with_its_workers_and_its_directory() -> None:

@@ -19,7 +19,7 @@ _OWN_FLAGS = (
     *("model", "host", "port", "api-key", "speculative-config", "-sc", "kv-transfer-config"),
     *("enable-prefix-caching", "no-enable-prefix-caching"),
 )
-_FIRST_WITH_OUR_CONNECTOR = (0, 27)
+_FIRST_WITH_OUR_CONNECTOR = (0, 26)
 """Older ones have other private parts, and get vLLM's own connector."""
 
 

@@ -1,10 +1,12 @@
 """What vLLM loads to write hidden states to files; runs in vLLM's process, which needs nothing else of paceline.
 
 vLLM's own connector copies through pinned memory, which a CPU build does not have, and does not say which layers a
-file holds. `_submit_async_write` is private to vLLM: it has been as it is here from 0.27 to 0.33.
+file holds. `_submit_async_write` is private to vLLM: it has been as it is here from 0.26 to 0.33.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.example_hidden_states_connector import (
@@ -33,6 +35,17 @@ class HiddenStatesConnector(ExampleHiddenStatesConnector):
         draft = self._vllm_config.speculative_config.draft_model_config.hf_config
         layer_ids = torch.tensor(draft.eagle_aux_hidden_state_layer_ids, dtype=torch.int64)
         super()._write_tensors(tensors | {"layer_ids": layer_ids}, event, filename, lock_fd)
+
+    def request_finished_all_groups(
+        self, request: Any, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        try:
+            answer: tuple[bool, dict[str, Any] | None] = super().request_finished_all_groups(request, block_ids)
+            return answer
+        except KeyError:
+            # 0.26 has no file for a request that was given up before its turn, and would end here. That it is still
+            # being sent is right for it: its next step reports everything without a copy as sent.
+            return True, None
 
     def _submit_async_write(self, pending: PendingSave) -> None:
         if self._kv_cache.device.type != "cpu":
