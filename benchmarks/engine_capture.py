@@ -2,12 +2,13 @@
 
     python benchmarks/make_random_target.py /tmp/target-8b
     python benchmarks/engine_capture.py /tmp/target-8b --python /opt/vllm/bin/python -- --max-model-len 4096
+    python benchmarks/engine_capture.py /tmp/target-8b --engine sglang --python /opt/sglang/bin/python
 
-Starts vLLM twice with the same options, without and with capture, and sends the same documents, some at a time. Plain
-requests ask for one token, as the capture's do. Then `paceline serve` is attached to the capturing vLLM, and rows are
-fetched as a trainer fetches them. Last the `hf` engine on the same documents, packed into rows.
+Starts the engine twice with the same options, without and with capture, and sends the same documents, some at a time.
+Plain requests ask for one token, as the capture's do. Then `paceline serve` is attached to the capturing engine, and
+rows are fetched as a trainer fetches them. Last the `hf` engine on the same documents, packed into rows.
 
-With --side-by-side both vLLMs stay on one GPU and take turns: give each less than half of it
+With --side-by-side both engines stay on one GPU and take turns: give each less than half of it
 (`--gpu-memory-utilization 0.4 --kv-cache-memory-bytes 12G`). Every figure is one line of JSON in --out at once.
 """
 
@@ -44,8 +45,7 @@ from paceline.target.engines.process import EngineProcess, private_directory
 from paceline.target.engines.programs import EngineProgram, child_environment, find_program, free_port
 from paceline.target.engines.starting import is_ready, start_engine
 from paceline.target.hf.engine import HFEngine
-from paceline.target.opening import engine_layers
-from paceline.target.vllm.kind import VLLM
+from paceline.target.opening import ENGINES, engine_layers
 
 Send = Callable[[np.ndarray], object]
 NUM_WARM_UP_ROWS = 4
@@ -72,7 +72,7 @@ class Results:
 
 @dataclass(frozen=True)
 class Started:
-    """A vLLM that may not be ready yet."""
+    """An engine that may not be ready yet."""
 
     name: str
     process: EngineProcess
@@ -110,32 +110,41 @@ def measure(ways: dict[str, Send], arguments: argparse.Namespace, results: Resul
 def start_plain(config: TargetConfig, program: EngineProgram) -> Started:
     """Prefill alone, by the engine's own server."""
     url = f"http://127.0.0.1:{free_port()}"
-    command = [
-        *(str(program.python), "-m", "vllm.entrypoints.openai.api_server", "--model", config.model),
-        *("--host", "127.0.0.1", "--port", url.rpartition(":")[2], "--no-enable-prefix-caching"),
-        *("--dtype", config.dtype, *write_flags(config.engine_args)),
-    ]
-    variables = child_environment(config, program, VLLM.inside) | {"HF_HUB_OFFLINE": "1", "VLLM_HOST_IP": "127.0.0.1"}
-    calls = EngineCalls("vLLM", url)
+    where = ["--host", "127.0.0.1", "--port", url.rpartition(":")[2]]
+    if config.engine == "vllm":
+        words = ["vllm.entrypoints.openai.api_server", "--model", config.model, "--no-enable-prefix-caching"]
+    else:
+        words = ["sglang.launch_server", "--model-path", config.model, "--disable-radix-cache", "--skip-tokenizer-init"]
+        words += ["--disable-cuda-graph"]  # as with capture: what hooks cost, not what graphs gain
+    command = [str(program.python), "-m", *words, *where, "--dtype", config.dtype, *write_flags(config.engine_args)]
+    kind = ENGINES[config.engine]
+    variables = {**child_environment(config, program, kind.inside), **kind.variables}
+    calls = EngineCalls(kind.title, url)
 
-    def send(tokens: np.ndarray) -> object:
+    def send_vllm(tokens: np.ndarray) -> object:
         body = {"model": config.model, "prompt": tokens.tolist(), "max_tokens": 1, "temperature": 0}
         return calls.call("POST", "/v1/completions", body)
 
-    process = EngineProcess("vLLM, plain", private_directory("vllm"), command, variables)
+    def send_sglang(tokens: np.ndarray) -> object:
+        body = {"input_ids": tokens.tolist(), "sampling_params": {"max_new_tokens": 1, "temperature": 0}}
+        return calls.call("POST", "/generate", body)
+
+    process = EngineProcess(f"{kind.title}, plain", private_directory(config.engine), command, variables)
+    send = send_vllm if config.engine == "vllm" else send_sglang
     return Started("plain", process, calls.is_healthy, lambda: send)
 
 
 def start_captured(config: TargetConfig, program: EngineProgram, layers: tuple[int, ...]) -> Started:
-    process, address = start_engine(VLLM, config, program, Path(config.model), layers)
-    return Started("capture", process, lambda: is_ready(VLLM, address), lambda: VLLM.connect(address).capture, address)
+    kind = ENGINES[config.engine]
+    process, address = start_engine(kind, config, program, Path(config.model), layers)
+    return Started("capture", process, lambda: is_ready(kind, address), lambda: kind.connect(address).capture, address)
 
 
 @contextlib.contextmanager
 def running(
     names: list[str], config: TargetConfig, program: EngineProgram, arguments: argparse.Namespace, results: Results
 ) -> Iterator[list[Started]]:
-    """These vLLMs, started together and ready; their logs are kept beside --out."""
+    """These engines, started together and ready; their logs are kept beside --out."""
     layers = engine_layers(tuple(arguments.layers), arguments.num_layers)
     started: list[Started] = []
     try:
@@ -145,22 +154,22 @@ def running(
             started.append(one)
         for one in started:
             one.process.wait_until(one.is_ready, config.engine_start_timeout_s)
-            results.say(f"vLLM {program.version}, {one.name}, is ready")
+            results.say(f"{config.engine} {program.version}, {one.name}, is ready")
         yield started
     finally:
         for one in started:
             if arguments.out is not None:
                 with contextlib.suppress(OSError):
-                    shutil.copy(one.process.log, arguments.out.with_name(f"vllm-{one.name}.log"))
+                    shutil.copy(one.process.log, arguments.out.with_name(f"{config.engine}-{one.name}.log"))
             one.process.close()
-        results.say(f"vLLM ended: {', '.join(names)}")
+        results.say(f"{config.engine} ended: {', '.join(names)}")
 
 
 def fetch_rows(config: TargetConfig, address: EngineAddress, arguments: argparse.Namespace, results: Results) -> None:
-    """Rows from `paceline serve`, attached to the capturing vLLM, to where a trainer would have them."""
+    """Rows from `paceline serve`, attached to the capturing engine, to where a trainer would have them."""
     os.environ[ENGINE_KEY] = address.key
     words = [
-        *("--engine", "vllm", "--engine-url", address.url, "--dtype", config.dtype),
+        *("--engine", config.engine, "--engine-url", address.url, "--dtype", config.dtype),
         *("--capture-layers", ",".join(map(str, arguments.layers)), f"target.engine_directory={address.directory}"),
     ]
     if arguments.out is not None:
@@ -199,7 +208,7 @@ def fetch_rows(config: TargetConfig, address: EngineAddress, arguments: argparse
 
 
 def with_transformers(config: TargetConfig, arguments: argparse.Namespace, results: Results) -> float:
-    """Tokens/s of the hf engine, with final hidden states and greedy tokens, which vLLM's figure is without."""
+    """Tokens/s of the hf engine, with final hidden states and greedy tokens, which an engine's figure is without."""
     plain_config = TargetConfig(model=config.model, dtype=config.dtype, device=config.device, compile=arguments.compile)
     per_row = max(1, arguments.row_tokens // arguments.tokens)
     spec = FeatureSpec(tuple(arguments.layers), final_hidden="all", greedy=True)
@@ -227,7 +236,8 @@ def with_transformers(config: TargetConfig, arguments: argparse.Namespace, resul
 def parse_arguments(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("--python", help="that has vLLM; this one without")
+    parser.add_argument("--engine", default="vllm", choices=list(ENGINES))
+    parser.add_argument("--python", help="that has the engine; this one without")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--layers", nargs="+", type=int, default=[1, 17, 32])
@@ -242,7 +252,7 @@ def parse_arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--transports", nargs="+", default=["http", "file"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--compile", action="store_true", help="the hf engine's layers")
-    parser.add_argument("--side-by-side", action="store_true", help="both vLLMs at one time on one GPU")
+    parser.add_argument("--side-by-side", action="store_true", help="both servers at one time on one GPU")
     parser.add_argument(
         "--selftest-reference", help="a file of `paceline doctor --save-reference`: test the engine, too"
     )
@@ -259,17 +269,16 @@ def main() -> None:
         model=arguments.model,
         dtype=arguments.dtype,
         device=arguments.device,
-        engine="vllm",
+        engine=arguments.engine,
         engine_python=arguments.python,
         engine_args=parse_flags(flags.split()),
         engine_start_timeout_s=300,
         capture_layers=tuple(arguments.layers),
     )
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    program = find_program(config, VLLM.packages)
-    vllms = [name for name in ("plain", "capture") if name in arguments.what]
+    program = find_program(config, ENGINES[config.engine].packages)
+    servers = [name for name in ("plain", "capture") if name in arguments.what]
     rates: dict[str, float] = {}
-    for names in [vllms] if arguments.side_by_side else [[name] for name in vllms]:
+    for names in [servers] if arguments.side_by_side else [[name] for name in servers]:
         with running(names, config, program, arguments, results) as started:
             rates |= measure({one.name: one.connect() for one in started}, arguments, results)
             if len(rates) == 2:

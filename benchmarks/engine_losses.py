@@ -1,11 +1,11 @@
-"""Whether drafts learn the same through vLLM as through the `hf` engine: two runs on the same rows, loss by loss.
+"""Whether drafts learn the same through another engine as through `hf`: two runs on the same rows, loss by loss.
 
     python benchmarks/engine_losses.py src/paceline/quickstart_target /tmp/losses --python /opt/vllm/bin/python \\
         -- --enforce-eager --max-model-len 2048
 
 Trains an EAGLE-3 and a DFlash draft twice at the same time on one device: with the target inline in transformers, and
-with a server that starts vLLM. Exits with 1 where the mean losses of the last quarter differ by more than --tolerance:
-features of two engines in bf16 differ by 1 to 2 %.
+with a server that starts the engine. Exits with 1 where the mean losses of the last quarter differ by more than
+--tolerance: features of two engines in bf16 differ by 1 to 2 %.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import torch
 from paceline.data.stdlib_conversations import write_conversations
 from paceline.observe.metrics import read_metrics
 from paceline.target.engines.flags import parse_flags
+from paceline.target.opening import ENGINES
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = """
@@ -66,11 +67,11 @@ def command(*words: str) -> list[str]:
     return [sys.executable, "-m", "paceline.cli", *words]
 
 
-def words_of_vllm(arguments: argparse.Namespace, flags: list[str]) -> list[str]:
+def words_of_engine(arguments: argparse.Namespace, flags: list[str]) -> list[str]:
     table = ", ".join(f"{json.dumps(name)} = {json.dumps(value)}" for name, value in parse_flags(flags).items())
     python = [f"target.engine_python={arguments.python}"] if arguments.python else []
     return [
-        *("target.engine=vllm", *python, f"target.engine_args={{{table}}}"),
+        *(f"target.engine={arguments.engine}", *python, f"target.engine_args={{{table}}}"),
         *("placement.target=servers", f'placement.server_devices=["{arguments.device}"]'),
         *(f'placement.trainer_devices=["{arguments.device}"]', "transport.kind=http"),
     ]
@@ -93,7 +94,7 @@ def train_both(arguments: argparse.Namespace, flags: list[str]) -> dict[str, dic
     subprocess.run(command("prepare", config), env=environment, check=True, stdout=subprocess.DEVNULL)
     begin = time.monotonic()
     runs = {}
-    for engine, engine_words in (("hf", []), ("vllm", words_of_vllm(arguments, flags))):
+    for engine, engine_words in (("hf", []), (arguments.engine, words_of_engine(arguments, flags))):
         with (arguments.work / f"{engine}.log").open("wb") as log:
             words = [config, f"run_dir={arguments.work / engine}", *engine_words]
             runs[engine] = subprocess.Popen(
@@ -113,7 +114,7 @@ def compare(found: dict[str, dict[str, list[float]]], arguments: argparse.Namesp
     """Whether all drafts agree; prints a line of JSON for each."""
     agree = True
     for draft, ours in found["hf"].items():
-        theirs = found["vllm"][draft]
+        theirs = found[arguments.engine][draft]
         assert len(ours) == len(theirs) == arguments.steps, (draft, len(ours), len(theirs))
         differences = [abs(one - other) / abs(one) for one, other in zip(ours, theirs, strict=True)]
         quarter = -max(1, len(ours) // 4)
@@ -141,7 +142,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target", type=Path, help="of at least 8 layers")
     parser.add_argument("work", type=Path)
-    parser.add_argument("--python", help="that has vLLM; this one without")
+    parser.add_argument("--engine", default="vllm", choices=list(ENGINES))
+    parser.add_argument("--python", help="that has the engine; this one without")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
