@@ -40,7 +40,7 @@ from paceline.schema.features import FeatureSpec
 from paceline.schema.rows import RowRequest
 from paceline.target.engines.flags import parse_flags, write_flags
 from paceline.target.engines.http_calls import ENGINE_KEY, EngineCalls
-from paceline.target.engines.interface import EngineAddress
+from paceline.target.engines.interface import INSIDE, EngineAddress
 from paceline.target.engines.process import EngineProcess, private_directory
 from paceline.target.engines.programs import EngineProgram, child_environment, find_program, free_port
 from paceline.target.engines.starting import is_ready, start_engine
@@ -118,7 +118,7 @@ def start_plain(config: TargetConfig, program: EngineProgram) -> Started:
         words += ["--disable-cuda-graph"]  # as with capture: what hooks cost, not what graphs gain
     command = [str(program.python), "-m", *words, *where, "--dtype", config.dtype, *write_flags(config.engine_args)]
     kind = ENGINES[config.engine]
-    variables = {**child_environment(config, program, kind.inside), **kind.variables}
+    variables = {**child_environment(config, program, INSIDE), **kind.variables}
     calls = EngineCalls(kind.title, url)
 
     def send_vllm(tokens: np.ndarray) -> object:

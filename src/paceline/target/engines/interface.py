@@ -13,6 +13,9 @@ from torch import Tensor
 from paceline.config.target import TargetConfig
 from paceline.target.engines.programs import EngineProgram
 
+INSIDE = Path(__file__).parents[1] / "inside"
+"""A folder for an engine's import path: the only code of ours that enters its process."""
+
 
 @dataclass(frozen=True, slots=True)
 class EngineAddress:
@@ -76,8 +79,6 @@ class EngineKind:
     """Names under which it may be installed."""
     tried: tuple[str, ...]
     """Versions that this one of paceline was run with; docs/engines.md has what was tried on what."""
-    inside: Path
-    """A folder for its import path: the only code of ours that enters its process."""
     variables: Mapping[str, str]
     """Of its environment, besides ours."""
     command: Callable[[TargetConfig, EngineProgram, Path, EngineAddress], list[str]]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from paceline.config.target import TargetConfig
 from paceline.target.engines.http_calls import EngineCalls
-from paceline.target.engines.interface import EngineAddress, EngineKind
+from paceline.target.engines.interface import INSIDE, EngineAddress, EngineKind
 from paceline.target.engines.process import EngineProcess, private_directory
 from paceline.target.engines.programs import EngineProgram, child_environment, free_port
 
@@ -19,7 +19,7 @@ def start_engine(
 ) -> tuple[EngineProcess, EngineAddress]:
     """Start a server, hidden states into a private directory; it is not ready yet.
 
-    Only the files of `kind.inside` enter its process: its Python needs no paceline, ours no engine.
+    Only the files of `INSIDE` enter its process: its Python needs no paceline, ours no engine.
 
     Raises:
         ConfigError: options that cannot be given.
@@ -31,7 +31,7 @@ def start_engine(
         hidden.mkdir()
         words, variables = kind.hand_key(address.key, root)
         command = [*kind.command(config, program, checkpoint, address), *words]
-        environment = {**child_environment(config, program, kind.inside), **kind.variables, **variables}
+        environment = {**child_environment(config, program, INSIDE), **kind.variables, **variables}
         return EngineProcess(f"{kind.title} {program.version}", root, command, environment), address
     except BaseException:  # a process that has started removes it
         shutil.rmtree(root, ignore_errors=True)

@@ -17,8 +17,7 @@ from torch import Tensor
 from paceline.errors import CaptureMismatchError, TargetError, TransportError
 from paceline.target.engines.http_calls import EngineCalls
 from paceline.target.engines.interface import CapturedDocument, EngineAddress
-from paceline.target.sglang.inside.paceline_sglang_hooks import RID_PREFIX
-from paceline.target.sglang.server import HOOK_FACTORY
+from paceline.target.sglang.server import HOOK_FACTORY, RID_PREFIX
 
 _LONGEST_RECHECK_S = 0.02
 _FILE_S = 60.0

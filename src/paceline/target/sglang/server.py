@@ -12,9 +12,9 @@ from paceline.target.engines.flags import check_not_set, option_name, write_flag
 from paceline.target.engines.interface import EngineAddress
 from paceline.target.engines.programs import EngineProgram
 
-INSIDE = Path(__file__).with_name("inside")
-"""A folder for SGLang's import path."""
 HOOK_FACTORY = "paceline_sglang_hooks:build_hook"
+RID_PREFIX = "paceline-"
+"""Of requests whose states are written: not other clients', nor SGLang's own of its health."""
 _OWN_FLAGS = (
     *("model", "model-path", "host", "port", "config", "api-key", "admin-api-key", "forward-hooks"),
     *("disable-radix-cache", "disable-cuda-graph", "skip-tokenizer-init"),
@@ -33,7 +33,7 @@ def capture_flags(layers: Sequence[int], directory: Path) -> list[str]:
     Args:
         layers: 0-based, ascending.
     """
-    shared = {"layers": list(layers), "directory": str(directory)}
+    shared = {"layers": list(layers), "directory": str(directory), "prefix": RID_PREFIX}
     hooks = [_hook(f"layer {layer}", f".layers.{layer}", {**shared, "layer": layer}) for layer in layers]
     hooks.append(_hook("batch", "", {**shared, "layer": None}))
     return [
@@ -45,7 +45,7 @@ def capture_flags(layers: Sequence[int], directory: Path) -> list[str]:
 
 
 def sglang_command(config: TargetConfig, program: EngineProgram, checkpoint: Path, address: EngineAddress) -> list[str]:
-    """The command line of a server at `address`; INSIDE must be on its import path.
+    """The command line of a server at `address`; inside must be on its import path.
 
     Raises:
         ConfigError: options that are set here.

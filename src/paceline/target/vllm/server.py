@@ -12,8 +12,6 @@ from paceline.target.engines.flags import check_not_set, option_name, write_flag
 from paceline.target.engines.interface import EngineAddress
 from paceline.target.engines.programs import EngineProgram
 
-INSIDE = Path(__file__).with_name("inside")
-"""A folder for vLLM's import path."""
 _CONNECTOR = "paceline_vllm_connector"
 _OWN_FLAGS = (
     *("model", "host", "port", "api-key", "speculative-config", "-sc", "kv-transfer-config"),
@@ -51,7 +49,7 @@ def capture_flags(layers: Sequence[int], directory: Path, connector_module: str 
 
 
 def vllm_command(config: TargetConfig, program: EngineProgram, checkpoint: Path, address: EngineAddress) -> list[str]:
-    """The command line of a server at `address`; INSIDE must be on its import path.
+    """The command line of a server at `address`; inside must be on its import path.
 
     Raises:
         ConfigError: options that are set here.

@@ -6,6 +6,7 @@ is given the batch. A hook never raises: that would end the engine.
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -15,11 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from paceline_tensor_files import write_tensors
 from torch import Tensor, nn
 
-RID_PREFIX = "paceline-"
-"""Requests of other clients, and SGLang's own of its health, are not written."""
 _NUM_WRITERS = 4
 _MAX_WAITING_BYTES = 2 << 30
 """Of states on their way into files; the model waits for the files beyond that."""
@@ -43,10 +42,10 @@ class _Part:
 class _Capture:
     """The hidden states of the batch that is computed now, and those on their way into files."""
 
-    def __init__(self, layers: tuple[int, ...], directory: Path) -> None:
+    def __init__(self, layers: tuple[int, ...], directory: Path, prefix: str) -> None:
         self._slots = {layer: slot for slot, layer in enumerate(layers)}
         self._layer_ids = torch.tensor(layers, dtype=torch.int64)
-        self._directory = directory
+        self._directory, self._prefix = directory, prefix
         self._states: Tensor | None = None
         self._taken: set[int] = set()
         self._fault = ""
@@ -86,7 +85,7 @@ class _Capture:
         fault, self._fault = self._fault, ""
         if states is None or not batch.forward_mode.is_extend():
             return
-        parts = list(_parts(batch))
+        parts = list(_parts(batch, self._prefix))
         if not parts:
             return
         if missing := sorted(set(self._slots) - taken):
@@ -140,18 +139,14 @@ class _Capture:
     def _write(self, part: _Part, kept: list[Tensor], copied: torch.cuda.Event | None) -> None:
         states, tokens = kept
         path = self._directory / f"{part.rid}.{part.first}.safetensors"
-        partial = path.with_name(f".{path.name}")
         try:
             if copied is not None:
                 copied.synchronize()
             rows = slice(part.start, part.end)
-            save_file(
-                {"hidden_states": states[rows], "token_ids": tokens[rows], "layer_ids": self._layer_ids}, str(partial)
-            )
-            partial.replace(path)
+            named = {"hidden_states": states[rows], "token_ids": tokens[rows], "layer_ids": self._layer_ids}
+            write_tensors(path, named)
         except Exception as error:
             logger.exception("hidden states of %s cannot be written", part.rid)
-            partial.unlink(missing_ok=True)
             self._tell(part, f"hidden states cannot be written to {path}: {error}")
 
     def _tell(self, part: _Part, fault: str) -> None:
@@ -162,32 +157,35 @@ class _Capture:
             logger.exception("%s; nor can this be written", fault)
 
 
-def _parts(batch: Any) -> Iterator[_Part]:
+def _parts(batch: Any, prefix: str) -> Iterator[_Part]:
     """Those of our requests, in a batch whose requests lie end to end."""
     start = 0
     for rid, first, length in zip(batch.rids, batch.extend_prefix_lens_cpu, batch.extend_seq_lens_cpu, strict=False):
         end = start + int(length)
-        if str(rid).startswith(RID_PREFIX):
+        if str(rid).startswith(prefix):
             yield _Part(str(rid), int(first), start, end)
         start = end
 
 
-_captures: dict[str, _Capture] = {}
+@functools.cache
+def _capture(directory: str, layers: tuple[int, ...], prefix: str) -> _Capture:
+    """The one of all hooks."""
+    return _Capture(layers, Path(directory), prefix)
 
 
 def build_hook(config: Mapping[str, Any]) -> Hook | None:
     """A hook for `--forward-hooks`; None in processes whose states another one has, too.
 
     Args:
-        config: "directory"; "layers", all that are captured, 0-based and ascending; "layer", the one this hook is for,
-            or None for the module around them.
+        config: "directory"; "prefix" of the ids of requests that are written, others are other clients'; "layers", all
+            that are captured, 0-based and ascending; "layer", the one this hook is for, or None for the module around
+            them.
     """
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized() and distributed.get_rank() > 0:
         return None
-    layers, layer = tuple(config["layers"]), config["layer"]
-    directory = str(config["directory"])
-    capture = _captures.setdefault(directory, _Capture(layers, Path(directory)))
+    layer = config["layer"]
+    capture = _capture(str(config["directory"]), tuple(config["layers"]), str(config["prefix"]))
 
     def hook(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
         try:

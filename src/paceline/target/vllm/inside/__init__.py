@@ -1,1 +1,0 @@
-"""What runs in vLLM's process: this folder alone is put on its import path."""

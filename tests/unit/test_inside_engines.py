@@ -1,0 +1,132 @@
+"""What runs inside engines' processes, without an engine: files of hidden states, and SGLang's hooks."""
+
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from paceline.target.engines.interface import INSIDE
+
+LAYERS = [0, 2]
+
+
+@pytest.fixture
+def hooks(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The module as SGLang imports it: from a folder, without paceline."""
+    monkeypatch.syspath_prepend(str(INSIDE))
+    import paceline_sglang_hooks
+
+    yield paceline_sglang_hooks
+    for name in ("paceline_sglang_hooks", "paceline_tensor_files"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_file_reads_as_one_of_safetensors(hooks: ModuleType, tmp_path: Path, dtype: torch.dtype) -> None:
+    tensors = {
+        "hidden_states": torch.randn(3, 2, 5).to(dtype),
+        "token_ids": torch.arange(3),
+        "layer_ids": torch.tensor([0, 2]),
+    }
+    hooks.write_tensors(tmp_path / "a.safetensors", tensors)
+    read = load_file(tmp_path / "a.safetensors")
+    assert read.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert read[name].dtype == tensor.dtype
+        assert torch.equal(read[name], tensor)
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing(hooks: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").mkdir()
+    with pytest.raises(OSError, match=r"a\.safetensors"):
+        hooks.write_tensors(tmp_path / "a.safetensors", {"token_ids": torch.arange(3)})
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+class Batch(SimpleNamespace):
+    """Of two requests, one of them ours."""
+
+    def __init__(self, extend: bool = True, lengths: tuple[int, ...] = (2, 3)) -> None:
+        super().__init__(
+            forward_mode=SimpleNamespace(is_extend=lambda: extend),
+            rids=["another", "paceline-1"],
+            extend_prefix_lens_cpu=[0, 7],
+            extend_seq_lens_cpu=list(lengths),
+            input_ids=torch.arange(sum(lengths), dtype=torch.int32),
+        )
+
+
+def forward(hooks: ModuleType, directory: Path, given: tuple[object, ...], layers: list[int] = LAYERS) -> None:
+    config = {"directory": str(directory), "layers": LAYERS, "prefix": "paceline-"}
+    for layer in layers:
+        hook = hooks.build_hook({**config, "layer": layer})
+        hook(nn.Identity(), (), (torch.full((5, 4), float(layer)), torch.ones(5, 4)))
+    hooks.build_hook({**config, "layer": None})(nn.Identity(), given, None)
+
+
+def settle(hooks: ModuleType, directory: Path) -> list[str]:
+    """Names of the files once the writers are done."""
+    hooks._capture(str(directory), (0, 2), "paceline-")._writers.shutdown()
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_tokens_of_our_requests_are_written_with_their_place(hooks: ModuleType, tmp_path: Path) -> None:
+    forward(hooks, tmp_path, (1, 2, Batch()))
+    assert settle(hooks, tmp_path) == ["paceline-1.7.safetensors"]
+    read = load_file(tmp_path / "paceline-1.7.safetensors")
+    assert read["token_ids"].tolist() == [2, 3, 4]
+    assert read["layer_ids"].tolist() == LAYERS
+    assert read["hidden_states"][:, :, 0].tolist() == [[1.0, 3.0]] * 3
+
+
+def test_a_batch_that_only_a_module_further_out_is_given_is_written_there(hooks: ModuleType, tmp_path: Path) -> None:
+    forward(hooks, tmp_path, ("no batch",))
+    hook = hooks.build_hook({"directory": str(tmp_path), "layers": LAYERS, "prefix": "paceline-", "layer": None})
+    hook(nn.Identity(), (Batch(),), None)
+    assert settle(hooks, tmp_path) == ["paceline-1.7.safetensors"]
+
+
+def test_batches_that_decode_are_not_written(hooks: ModuleType, tmp_path: Path) -> None:
+    forward(hooks, tmp_path, (Batch(extend=False),))
+    assert settle(hooks, tmp_path) == []
+
+
+def test_a_layer_that_was_not_seen_is_named_instead(hooks: ModuleType, tmp_path: Path) -> None:
+    forward(hooks, tmp_path, (Batch(),), layers=[0])
+    assert settle(hooks, tmp_path) == ["paceline-1.error"]
+    assert "layers [2] were not computed" in (tmp_path / "paceline-1.error").read_text()
+
+
+def test_a_hook_never_raises(hooks: ModuleType, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    forward(hooks, tmp_path / "missing", (Batch(),))
+    hooks._capture(str(tmp_path / "missing"), (0, 2), "paceline-")._writers.shutdown()
+    hooks.build_hook({"directory": str(tmp_path), "layers": LAYERS, "prefix": "", "layer": 0})(nn.Identity(), (), None)
+    assert "cannot be written" in caplog.text
+    assert "hidden states of a batch are lost" in caplog.text
+
+
+def test_the_model_waits_for_files_that_are_slower(
+    hooks: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, gate = hooks.write_tensors, threading.Event()
+    monkeypatch.setattr(hooks, "write_tensors", lambda *words: gate.wait(30) and write(*words))
+    monkeypatch.setattr(hooks, "_MAX_WAITING_BYTES", 300)  # a batch has 160
+    forward(hooks, tmp_path, (Batch(),))
+    capture = hooks._capture(str(tmp_path), (0, 2), "paceline-")
+    assert capture._waiting_bytes == 160
+    second = threading.Thread(target=forward, args=(hooks, tmp_path, (Batch(),)))
+    second.start()
+    second.join(0.3)
+    assert second.is_alive()
+    assert capture._waiting_bytes == 160
+    gate.set()
+    second.join(30)
+    assert not second.is_alive()
+    settle(hooks, tmp_path)
+    assert capture._waiting_bytes == 0
