@@ -29,8 +29,8 @@ class TargetConfig(Config):
     """Processes that compute each row together, by transformers' tensor-parallel plan (extra `accelerate`): one GPU
     each, from `device` on. A failed row ends all of them."""
     num_threads: int | None = Field(None, ge=1)
-    """CPU threads of torch in each process of a target server; None leaves torch's default. Another number changes
-    the last bits of features."""
+    """CPU threads of torch in each process of a target server, in those of an engine that it starts, too; None leaves
+    torch's default. Another number changes the last bits of features."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = "auto"
     """transformers' attention implementation."""
     documents: Literal["auto", "packed", "padded"] = "auto"
@@ -47,7 +47,8 @@ class TargetConfig(Config):
     """Name of the lm_head in the checkpoint, if it is not found by itself."""
 
     engine_args: dict[str, Any] = Field(default_factory=dict)
-    """The engine's own options, as it names them: {"max-model-len": 32768, "enforce-eager": true}."""
+    """The engine's own options, as it names them: {"max-model-len": 32768, "enforce-eager": true}. In a run that has
+    begun all may change but those that change what is computed (numbers, formats, parts of the model, files)."""
     engine_python: str | None = None
     """Python of the environment that has the engine; None is paceline's own."""
     engine_url: str | None = None

@@ -30,6 +30,7 @@ from paceline.target.hf.loading import (
     read_quantization,
     resolve_checkpoint,
     resolve_device,
+    resolve_dtype,
 )
 from paceline.target.hf.stored_tensors import read_tensor_table
 from paceline.target.opening import ENGINES, ServedEngine
@@ -173,9 +174,8 @@ def _free_memory() -> int:
 def _tolerance(config: TargetConfig, checkpoint: Path) -> Tolerance:
     whole = load_config(checkpoint, config.trust_remote_code)
     text = whole.get_text_config(decoder=True)
-    dtype = config.dtype if config.dtype != "auto" else str(text.dtype or whole.dtype or "float32")
     experts = any((getattr(text, name, None) or 0) > 1 for name in EXPERT_COUNTS)
-    return choose_tolerance(dtype.removeprefix("torch."), _quantization(config, checkpoint), experts)
+    return choose_tolerance(resolve_dtype(config, checkpoint), _quantization(config, checkpoint), experts)
 
 
 def _quantization(config: TargetConfig, checkpoint: Path) -> Mapping[str, Any] | str | None:

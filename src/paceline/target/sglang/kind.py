@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from paceline.target.engines.interface import EngineKind
 from paceline.target.sglang.requests import SGLangRequests
-from paceline.target.sglang.server import INSIDE, hand_key, sglang_command
+from paceline.target.sglang.server import INSIDE, SPREADING, hand_key, sglang_command
 
 SGLANG = EngineKind(
     title="SGLang",
@@ -12,6 +12,7 @@ SGLANG = EngineKind(
     tried=("0.5.14",),
     inside=INSIDE,
     variables={"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"},  # it is given a directory
+    spreading=SPREADING,
     command=sglang_command,
     hand_key=hand_key,
     shell_command=lambda command, key: f"{command} --api-key {key}",
