@@ -36,7 +36,7 @@ from paceline.target.hf.stored_tensors import read_tensor_table
 from paceline.target.opening import ENGINES, ServedEngine
 from paceline.target.selftest.reference import Reference, cache_path, load_reference, observe
 from paceline.target.selftest.run import SelfTestResult, run_selftest
-from paceline.target.selftest.texts import KnownTexts, build_texts
+from paceline.target.selftest.texts import KnownTexts, build_texts, num_far_captures
 from paceline.target.selftest.tolerance import Tolerance, choose_tolerance
 
 _NUM_LAYERS = 6
@@ -57,7 +57,8 @@ class SelfTest:
     def run(self, config: TargetConfig, engine: ServedEngine) -> SelfTestResult:
         """Compare; the verdict is the result's `check`."""
         layers = config.capture_layers or _spread(engine.info().num_layers)
-        result = run_selftest(engine, self.texts, self.reference, sorted(set(layers)), self.tolerance)
+        num_far = num_far_captures(config.engine != "hf" and resolve_device(config.device).type == "cuda")
+        result = run_selftest(engine, self.texts, self.reference, sorted(set(layers)), self.tolerance, num_far)
         name = engine_name(config)
         for line in (f"self-test of {name} on {len(self.texts.tokens)} tokens:", *result.describe()):
             logger.info(line)
@@ -81,7 +82,9 @@ def prepare_selftest(config: TargetConfig, stop: threading.Event | None = None, 
     """
     checkpoint = resolve_checkpoint(config.model, config.revision, config.trust_remote_code)
     tokenizer = load_tokenizer(str(checkpoint), None, config.trust_remote_code)
-    texts = build_texts(count_tokenizer_tokens(tokenizer))
+    text_config = load_config(checkpoint, config.trust_remote_code).get_text_config(decoder=True)
+    num_positions = int(getattr(text_config, "max_position_embeddings", None) or 0)
+    texts = build_texts(count_tokenizer_tokens(tokenizer), num_positions)
     tolerance = _tolerance(config, checkpoint)
     fingerprint = fingerprint_weights(checkpoint)
     if config.selftest_reference is not None and not anew:
@@ -91,7 +94,7 @@ def prepare_selftest(config: TargetConfig, stop: threading.Event | None = None, 
         if given.fingerprint != fingerprint:
             logger.warning("the self-test compares with other weights: those of %s", given.model)
         return SelfTest(texts, given, tolerance)
-    device, dtype = _where_it_fits(checkpoint, config)
+    device, dtype = _where_it_fits(checkpoint, config, _bytes_of_text(text_config, texts))
     kept = cache_path(fingerprint, dtype, texts)
     reference = None if anew else _known(kept, fingerprint, texts)
     if reference is None:
@@ -102,6 +105,7 @@ def prepare_selftest(config: TargetConfig, stop: threading.Event | None = None, 
             "trust_remote_code": config.trust_remote_code,
             "quantised": read_quantization(checkpoint) is not None,
             "num_tokenizer_tokens": count_tokenizer_tokens(tokenizer),
+            "num_positions": num_positions,
             "fingerprint": fingerprint,
         }
         _compute(settings, kept, config.engine_start_timeout_s, stop)
@@ -110,7 +114,10 @@ def prepare_selftest(config: TargetConfig, stop: threading.Event | None = None, 
 
 
 def observe_own(config: TargetConfig, engine: HFEngine) -> SelfTest:
-    """The reference of an engine that is transformers, from the model that it has loaded."""
+    """The reference of an engine that is transformers, from the model that it has loaded; without the far text.
+
+    Such an engine computes a document in one forward, as the reference does, and this is done at each start.
+    """
     info = engine.info()
     texts = build_texts(info.num_tokenizer_tokens)
     checkpoint = resolve_checkpoint(config.model, config.revision, config.trust_remote_code)
@@ -146,7 +153,15 @@ def _compute(settings: Mapping[str, Any], kept: Path, timeout_s: float, stop: th
         process.close()
 
 
-def _where_it_fits(checkpoint: Path, config: TargetConfig) -> tuple[torch.device, str]:
+def _bytes_of_text(text_config: Any, texts: KnownTexts) -> int:
+    """In fp32, of the longest text: attention's scores and their softmax, all layers' states, logits."""
+    num_tokens = max(len(text.tokens) for text in texts.documents)
+    scores = 3 * num_tokens * int(getattr(text_config, "num_attention_heads", None) or 0)
+    states = int(text_config.num_hidden_layers) * int(text_config.hidden_size)
+    return 4 * num_tokens * (scores + states + 2 * int(text_config.vocab_size))
+
+
+def _where_it_fits(checkpoint: Path, config: TargetConfig, text_bytes: int) -> tuple[torch.device, str]:
     """(device, dtype) of the reference: fp32 where there is room, since bf16 of transformers is itself 1 to 2 % off."""
     device, dtype = resolve_device(config.device), config.dtype
     if read_quantization(checkpoint) is not None:
@@ -155,11 +170,11 @@ def _where_it_fits(checkpoint: Path, config: TargetConfig) -> tuple[torch.device
     num_weights = sum(math.prod(tensor.shape) for tensor in table)
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
-        if 4 * num_weights * _ROOM < free:
+        if 4 * num_weights * _ROOM + text_bytes < free:
             return device, "float32"
-        if sum(tensor.num_bytes for tensor in table) * _ROOM < free:
+        if sum(tensor.num_bytes for tensor in table) * _ROOM + text_bytes < free:
             return device, dtype
-    return torch.device("cpu"), "float32" if 4 * num_weights * _ROOM < _free_memory() else dtype
+    return torch.device("cpu"), "float32" if 4 * num_weights * _ROOM + text_bytes < _free_memory() else dtype
 
 
 def _free_memory() -> int:
