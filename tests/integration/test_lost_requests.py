@@ -216,6 +216,26 @@ def test_what_a_client_that_was_killed_has_left_goes_when_the_next_one_starts(tm
     assert hidden_states(tmp_path) == set()
 
 
+def test_what_a_server_writes_after_its_client_has_ended_goes_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("paceline.target.engines.own_files._SWEEP_EVERY_S", 0.0)
+    ended = OwnFiles(tmp_path)
+    ended.close()
+    with contextlib.closing(OwnFiles(tmp_path)) as other:
+        late = tmp_path / f"cmpl-{ended.new_name()}-0-1234abcd.safetensors"
+        late.touch()
+        own = tmp_path / f"cmpl-{other.new_name()}-0-1234abcd.safetensors"
+        own.touch()
+        other.sweep()
+        assert hidden_states(tmp_path) == {own.name}
+    (first, second) = tmp_path.glob("*.left")
+    os.utime(first, (0, 0))
+    OwnFiles(tmp_path).close()
+    assert second in set(tmp_path.glob("*.left")), "for a while, since the server may write yet"
+    assert not first.exists()
+
+
 def test_a_directory_that_nobody_may_write_to_is_named(tmp_path: Path) -> None:
     with pytest.raises(TargetError, match=r"nowhere, where the engine writes hidden states"):
         OwnFiles(tmp_path / "nowhere")

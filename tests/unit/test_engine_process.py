@@ -391,6 +391,14 @@ def test_an_engine_that_ends_before_it_is_ready_says_its_last_words() -> None:
     process.close()
 
 
+def test_a_code_that_is_no_signals_is_shown_as_it_is() -> None:
+    """255 is what many a program ends with that fails."""
+    process, _ = start("raise SystemExit(255)")
+    with pytest.raises(TargetError, match="ended with code 255 before"):
+        process.wait_until(lambda: False, 30)
+    process.close()
+
+
 def test_an_engine_that_never_is_ready_is_given_up_with_the_setting_named() -> None:
     process, root = start(WORKERS)
     assert wait_for(is_there(root), 30)

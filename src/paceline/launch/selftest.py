@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import os
-import secrets
-import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,9 +13,9 @@ from typing import Any
 import torch
 
 from paceline.config.target import TargetConfig
-from paceline.errors import TargetError
+from paceline.launch.memory import free_memory
+from paceline.launch.reference import find_reference
 from paceline.target.engines.flags import option_name
-from paceline.target.engines.process import EngineProcess, private_directory
 from paceline.target.hf.engine import HFEngine
 from paceline.target.hf.fingerprint import fingerprint_weights
 from paceline.target.hf.info import count_tokenizer_tokens
@@ -54,11 +50,15 @@ class SelfTest:
     reference: Reference
     tolerance: Tolerance
 
-    def run(self, config: TargetConfig, engine: ServedEngine) -> SelfTestResult:
-        """Compare; the verdict is the result's `check`."""
+    def run(self, config: TargetConfig, engine: ServedEngine, stop: threading.Event | None = None) -> SelfTestResult:
+        """Compare; the verdict is the result's `check`.
+
+        Raises:
+            StoppedError: `stop` was set.
+        """
         layers = config.capture_layers or _spread(engine.info().num_layers)
         num_far = num_far_captures(config.engine != "hf" and resolve_device(config.device).type == "cuda")
-        result = run_selftest(engine, self.texts, self.reference, sorted(set(layers)), self.tolerance, num_far)
+        result = run_selftest(engine, self.texts, self.reference, sorted(set(layers)), self.tolerance, num_far, stop)
         name = engine_name(config)
         for line in (f"self-test of {name} on {len(self.texts.tokens)} tokens:", *result.describe()):
             logger.info(line)
@@ -96,20 +96,17 @@ def prepare_selftest(config: TargetConfig, stop: threading.Event | None = None, 
         return SelfTest(texts, given, tolerance)
     device, dtype = _where_it_fits(checkpoint, config, _bytes_of_text(text_config, texts))
     kept = cache_path(fingerprint, dtype, texts)
-    reference = None if anew else _known(kept, fingerprint, texts)
-    if reference is None:
-        settings = {
-            "model": str(checkpoint),
-            "dtype": dtype,
-            "device": str(device),
-            "trust_remote_code": config.trust_remote_code,
-            "quantised": read_quantization(checkpoint) is not None,
-            "num_tokenizer_tokens": count_tokenizer_tokens(tokenizer),
-            "num_positions": num_positions,
-            "fingerprint": fingerprint,
-        }
-        _compute(settings, kept, config.engine_start_timeout_s, stop)
-        reference = load_reference(kept, fingerprint, texts)
+    settings = {
+        "model": str(checkpoint),
+        "dtype": dtype,
+        "device": str(device),
+        "trust_remote_code": config.trust_remote_code,
+        "quantised": read_quantization(checkpoint) is not None,
+        "num_tokenizer_tokens": count_tokenizer_tokens(tokenizer),
+        "num_positions": num_positions,
+        "fingerprint": fingerprint,
+    }
+    reference = find_reference(kept, texts, settings, config.engine_start_timeout_s, stop, anew)
     return SelfTest(texts, reference, tolerance)
 
 
@@ -123,34 +120,6 @@ def observe_own(config: TargetConfig, engine: HFEngine) -> SelfTest:
     checkpoint = resolve_checkpoint(config.model, config.revision, config.trust_remote_code)
     reference = observe(engine.model, texts, info.weight_fingerprint)
     return SelfTest(texts, reference, _tolerance(config, checkpoint))
-
-
-def _known(kept: Path, fingerprint: str, texts: KnownTexts) -> Reference | None:
-    try:
-        return load_reference(kept, fingerprint, texts) if kept.exists() else None
-    except TargetError as error:
-        logger.warning("%s; it is computed again", error)
-        return None
-
-
-def _compute(settings: Mapping[str, Any], kept: Path, timeout_s: float, stop: threading.Event | None) -> None:
-    logger.info("computing what transformers says to the self-test, in %s on %s", settings["dtype"], settings["device"])
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    output = kept.with_name(f"{kept.name}.{secrets.token_hex(4)}")
-    words = json.dumps({**settings, "output": str(output)})
-    command = [sys.executable, "-m", "paceline.target.selftest.reference", words]
-    process = EngineProcess("transformers", private_directory("selftest"), command, os.environ)
-    try:
-        process.wait_until(output.exists, timeout_s, stop)
-        output.replace(kept)
-    except TargetError as error:
-        raise TargetError(
-            f"the self-test's reference cannot be computed here: {error}\nGive one that was made elsewhere "
-            "(target.selftest_reference, `paceline doctor MODEL --save-reference`), or do without (target.selftest = "
-            "false)"
-        ) from error
-    finally:
-        process.close()
 
 
 def _bytes_of_text(text_config: Any, texts: KnownTexts) -> int:
@@ -174,16 +143,7 @@ def _where_it_fits(checkpoint: Path, config: TargetConfig, text_bytes: int) -> t
             return device, "float32"
         if sum(tensor.num_bytes for tensor in table) * _ROOM + text_bytes < free:
             return device, dtype
-    return torch.device("cpu"), "float32" if 4 * num_weights * _ROOM + text_bytes < _free_memory() else dtype
-
-
-def _free_memory() -> int:
-    """Bytes; files that the system only keeps for later count as free, as checkpoints just read are."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return torch.device("cpu"), "float32" if 4 * num_weights * _ROOM + text_bytes < free_memory() else dtype
 
 
 def _tolerance(config: TargetConfig, checkpoint: Path) -> Tolerance:

@@ -15,7 +15,9 @@ from pathlib import Path
 
 from paceline.errors import TargetError
 
-_OWNER = re.compile(r"paceline-[0-9a-f]{16}\.owner")
+_OWNER = re.compile(r"paceline-[0-9a-f]{16}\.(owner|left)")
+_SURELY_OVER_S = 600.0
+"""After so long a server writes nothing more for a client that is gone."""
 _SWEEP_EVERY_S = 5.0
 _NUM_GIVEN_UP = 256
 """Requests whose files are looked for after they failed: what is late is late by seconds."""
@@ -24,7 +26,8 @@ _NUM_GIVEN_UP = 256
 class OwnFiles:
     """Names for requests, which the server puts into the names of its files; other clients' files are never touched.
 
-    A file `paceline-ID.owner` is locked as long as its client lives, so that the next one knows what a dead one left.
+    A file `paceline-ID.owner` is locked as long as its client lives, so that others know what a dead one left. It is
+    `paceline-ID.left` then, and stays for a while: the server may write yet.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -58,22 +61,26 @@ class OwnFiles:
             self._given_up.append(name + "-")
 
     def sweep(self) -> None:
-        """Remove what came for requests that were given up; looks every 5 s at most, however often it is called."""
+        """Remove what came for requests that were given up, ours and those of dead clients.
+
+        Looks every 5 s at most, however often it is called.
+        """
         with self._lock:
-            if not self._given_up or time.monotonic() - self._swept_s < _SWEEP_EVERY_S:
+            if time.monotonic() - self._swept_s < _SWEEP_EVERY_S:
                 return
             self._swept_s = time.monotonic()
             names = tuple(self._given_up)
         _remove(self._directory, names)
+        _remove_of_the_dead(self._directory)
 
     def close(self) -> None:
-        """Remove all that is ours; what the server writes later stays for the next client. Safe to call twice."""
+        """Remove all that is ours; what the server writes later is left to other clients. Safe to call twice."""
         with self._lock:
             fd, self._owner_fd = self._owner_fd, -1
         if fd >= 0:
+            os.close(fd)
             with contextlib.suppress(OSError):  # the directory may be gone
-                _remove(self._directory, (self._prefix + "-",))
-            os.close(fd)  # the file stays: the server may write yet
+                _remove_of_the_dead(self._directory)
 
     def _own(self) -> int:
         """An open file, locked before others see it under its name."""
@@ -91,13 +98,18 @@ class OwnFiles:
 
 def _remove_of_the_dead(directory: Path) -> None:
     for owner in [path for path in directory.iterdir() if _OWNER.fullmatch(path.name)]:
-        with contextlib.suppress(FileNotFoundError, PermissionError), owner.open("rb") as file:
+        # Another client may do the same at this moment.
+        with contextlib.suppress(FileNotFoundError, PermissionError), owner.open("r+b") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 continue
             _remove(directory, (owner.stem + "-",))
-            owner.unlink(missing_ok=True)
+            if owner.suffix == ".owner":
+                os.utime(owner)
+                owner.rename(owner.with_suffix(".left"))
+            elif time.time() - owner.stat().st_mtime > _SURELY_OVER_S:
+                owner.unlink()
 
 
 def _remove(directory: Path, names: tuple[str, ...]) -> None:

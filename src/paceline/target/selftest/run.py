@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future
+from concurrent.futures import wait as wait_for_any
 from dataclasses import dataclass
 
 import numpy as np
 
-from paceline.errors import ConfigError, OutOfMemoryError, TargetError
+from paceline.errors import ConfigError, OutOfMemoryError, StoppedError, TargetError
 from paceline.schema.features import Features, FeatureSpec
 from paceline.schema.rows import RowRequest
 from paceline.target.interface import Engine
@@ -18,6 +21,7 @@ from paceline.target.selftest.texts import Capture, KnownTexts, has_room_for_far
 from paceline.target.selftest.tolerance import Tolerance
 
 _UNPROVEN = "not compared, for want of a long text: prefill in chunks, sliding windows, RoPE for long texts"
+_LOOK_EVERY_S = 0.2
 _ANSWER_S = 600.0
 """A first row may compile kernels for minutes."""
 
@@ -82,6 +86,7 @@ def run_selftest(
     layers: Sequence[int],
     tolerance: Tolerance,
     num_far: int = 1,
+    stop: threading.Event | None = None,
 ) -> SelfTestResult:
     """Send the known texts through `engine`, each alone and all in one row, all of it twice; the far one if it can.
 
@@ -92,9 +97,10 @@ def run_selftest(
     Raises:
         PacelineError: the engine fails on one of them.
         TargetError: it does not answer.
+        StoppedError: `stop` was set.
     """
     spec = FeatureSpec(tuple(layers), final_hidden="all", greedy=True)
-    answers, unproven = _ask(engine, texts, spec, num_far)
+    answers, unproven = _ask(engine, texts, spec, num_far, stop or threading.Event())
     comparison = Comparison(texts, reference, layers, answers, tolerance)
     worst = [comparison.worst(what) for what in comparison.whats]
     lines = [
@@ -120,7 +126,9 @@ def run_selftest(
     )
 
 
-def _ask(engine: Engine, texts: KnownTexts, spec: FeatureSpec, num_far: int) -> tuple[list[Answer], str | None]:
+def _ask(
+    engine: Engine, texts: KnownTexts, spec: FeatureSpec, num_far: int, stop: threading.Event
+) -> tuple[list[Answer], str | None]:
     """All answers, and what could not be asked."""
     answers: list[Answer] = []
     info = engine.info()
@@ -133,7 +141,7 @@ def _ask(engine: Engine, texts: KnownTexts, spec: FeatureSpec, num_far: int) -> 
         asked = [(one, engine.capture(_request(texts, one, num_axes), spec)) for one in rows]
         for capture, future in asked:
             try:
-                answers.append(Answer(capture, _answer(texts, capture, spec, future)))
+                answers.append(Answer(capture, _answer(texts, capture, spec, _wait(future, capture, stop))))
             except (ConfigError, OutOfMemoryError) as error:
                 if texts.documents[capture.documents[0]].windows:
                     unproven = f"{_UNPROVEN} ({error})"
@@ -158,11 +166,18 @@ def _request(texts: KnownTexts, capture: Capture, num_axes: int) -> RowRequest:
     )
 
 
-def _answer(texts: KnownTexts, capture: Capture, spec: FeatureSpec, future: Future[Features]) -> Features:
-    try:
-        features = future.result(_ANSWER_S)
-    except TimeoutError:
-        raise TargetError(f"the engine did not answer within {_ANSWER_S:.0f} s to the self-test ({capture})") from None
+def _wait(future: Future[Features], capture: Capture, stop: threading.Event) -> Features:
+    deadline = time.monotonic() + _ANSWER_S
+    while not stop.is_set():
+        if future in wait_for_any([future], _LOOK_EVERY_S).done:
+            return future.result()
+        if time.monotonic() > deadline:
+            raise TargetError(f"the engine did not answer within {_ANSWER_S:.0f} s to the self-test ({capture})")
+    raise StoppedError("stopped during the self-test")
+
+
+def _answer(texts: KnownTexts, capture: Capture, spec: FeatureSpec, features: Features) -> Features:
+    """`features`, if they are as many as were asked for."""
     num_tokens = sum(len(texts.documents[document].tokens) for document in capture.documents)
     received = {name: len(tensor) for name, tensor in features.tensors().items()}
     if set(received.values()) != {num_tokens} or features.layers != spec.layers:
