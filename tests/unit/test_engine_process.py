@@ -318,7 +318,7 @@ def test_vllm_computes_in_the_data_type_that_transformers_would(tmp_path: Path, 
 def test_a_vllm_whose_private_parts_are_known_gets_our_connector(version: str, ours: bool) -> None:
     address = EngineAddress("http://127.0.0.1:1", Path("/nowhere"), (1, 3))
     program = EngineProgram(Path(sys.executable), version)
-    words = VLLM.command(TargetConfig(model="m", engine="vllm"), program, Path("m"), address)
+    words = VLLM.command(TargetConfig(model="m", engine="vllm", dtype="float32"), program, Path("m"), address)
     transfer = json.loads(words[words.index("--kv-transfer-config") + 1])
     assert transfer["kv_connector"] == ("HiddenStatesConnector" if ours else "ExampleHiddenStatesConnector")
     assert ("kv_connector_module_path" in transfer) == ours
