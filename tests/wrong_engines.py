@@ -135,9 +135,9 @@ def chunk_without_its_past(first: int) -> Change:
 
 
 def rerouted(wrong: WrongEngine, request: RowRequest, spec: FeatureSpec) -> Features:
-    """The first token of every fourth short document goes to other experts, whichever row it is in."""
+    """The first token of every fourth short document and of each long one goes to other experts, in any row."""
     features = wrong.ask(request, spec)
-    return spoil(features, request, lambda tokens: len(tokens) < 32 and int(tokens[0]) % 4 == 0, 1)
+    return spoil(features, request, lambda tokens: len(tokens) >= 32 or int(tokens[0]) % 4 == 0, 1)
 
 
 def one_token_documents_spoilt(wrong: WrongEngine, request: RowRequest, spec: FeatureSpec) -> Features:
@@ -146,11 +146,11 @@ def one_token_documents_spoilt(wrong: WrongEngine, request: RowRequest, spec: Fe
 
 
 def spoil(features: Features, request: RowRequest, which: Callable[[np.ndarray], bool], num_tokens: int) -> Features:
-    """The first tokens of some documents half as large again in half of their numbers."""
+    """The first tokens of some documents with another sign in half of their numbers."""
     assert features.final_hidden is not None
     hidden, final = features.hidden.clone(), features.final_hidden.clone()
     for start, end in zip(request.documents, request.documents[1:], strict=False):
         if which(request.tokens[start:end]):
-            hidden[start : start + num_tokens, :, ::2] *= 1.5
-            final[start : start + num_tokens, ::2] *= 1.5
+            hidden[start : start + num_tokens, :, ::2] *= -1
+            final[start : start + num_tokens, ::2] *= -1
     return replace(features, hidden=hidden, final_hidden=final)

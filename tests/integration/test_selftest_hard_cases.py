@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,7 @@ from wrong_engines import (
     rerouted,
     shared_prefix_cache,
     shifted_by_one,
+    spoil,
     stale_prefix_cache,
 )
 
@@ -157,8 +159,17 @@ def test_a_token_that_goes_to_other_experts_is_no_fault_of_an_engine(routed: Sel
     moved = [text for text in routed.texts.documents if text.is_short and int(text.tokens[0]) % 4 == 0]
     assert 1 <= len(moved) < len([text for text in routed.texts.documents if text.is_short]) / 2
     assert any(len(text.tokens) == 1 for text in moved)
-    dense = result_of(routed, WrongEngine(experts, rerouted), choose_tolerance("bfloat16"))
-    assert dense.problem is not None, "where nothing is routed it is a fault"
+    strict = [replace(ROUTED, routed=False), choose_tolerance("bfloat16")]
+    assert all(result_of(routed, WrongEngine(experts, rerouted), limits).problem is not None for limits in strict)
+
+
+def test_a_fault_of_more_tokens_than_other_experts_would_have_is_found(routed: SelfTest, experts: HFEngine) -> None:
+    """Eight of the 192 tokens and more that a document has."""
+
+    def change(wrong: WrongEngine, request: RowRequest, spec: FeatureSpec) -> Features:
+        return spoil(wrong.ask(request, spec), request, lambda tokens: len(tokens) >= 32, 8)
+
+    assert result_of(routed, WrongEngine(experts, change)).problem is not None
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,6 +18,8 @@ from paceline.target.selftest.tolerance import Tolerance
 _LOGIT_NOISE = 6.0
 """A relative error of states moves a logit by as much of the logits' spread, give or take: two logits, in thousands of
 tokens."""
+_OTHER_EXPERTS = 0.02
+"""Share of a long document's tokens that may be anywhere, where tokens are routed."""
 
 What = int | Literal["final hidden"]
 """A capture layer, or the state after the final norm."""
@@ -34,10 +36,9 @@ class Distance:
     start: int
     """The first token, in its document."""
     relative: float
-    """|received - reference| / |reference| of a token: root mean square, or the median where tokens are routed and
-    few."""
+    """|received - reference| / |reference| of a token, over the tokens as `Comparison` says."""
     cosine: float
-    """Mean over the tokens, or the median."""
+    """Over the tokens in the same way."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,7 +55,8 @@ class Comparison:
     A document is judged as one, its tokens' root mean square. Of a long one that is compared in windows each window is,
     so that a wrong end is not lost among right tokens. Where tokens are routed to experts (`Tolerance.routed`), one
     that goes to other experts would be most of a short document: documents of the same few tokens are judged together,
-    they and windows by their median token, which a fault of the engine moves and a few other experts do not.
+    they and windows by their median token, which a fault of the engine moves and a few other experts do not. Of long
+    documents the worst tokens, one in fifty, are left out.
     """
 
     def __init__(
@@ -82,10 +84,11 @@ class Comparison:
                     key = (len(text.tokens), answer.capture.alone, answer.capture.again)
                     together.setdefault(key, []).append(piece)
                 elif text.windows:
-                    yield from (_judge(what, [one], self.limits.routed) for one in piece.cut(text.windows))
+                    judge = _median if self.limits.routed else _mean
+                    yield from (_judge(what, [one], judge) for one in piece.cut(text.windows))
                 else:
-                    yield _judge(what, [piece], typical=False)
-        yield from (_judge(what, pieces, typical=True) for pieces in together.values())
+                    yield _judge(what, [piece], _mean_of_most if self.limits.routed else _mean)
+        yield from (_judge(what, pieces, _median) for pieces in together.values())
 
     def _errors(self, answer: Answer, what: What, place: int) -> tuple[Tensor, Tensor]:
         return _token_errors(self.received(answer, what, place), self.expected(what, answer.capture.documents[place]))
@@ -199,21 +202,28 @@ class _Piece:
             yield _Piece(self.document, self.capture, start, errors, cosines)
 
 
-def _judge(what: What, pieces: Sequence[_Piece], typical: bool) -> Distance:
-    """All pieces as one: by the root mean square of their tokens, or by the typical token."""
+def _judge(what: What, pieces: Sequence[_Piece], judge: Callable[[Tensor, Tensor], tuple[float, float]]) -> Distance:
+    """All pieces as one."""
     first = pieces[0]
     errors, cosines = torch.cat([one.errors for one in pieces]), torch.cat([one.cosines for one in pieces])
-    relative, cosine = _typical(errors, cosines) if typical else _mean(errors, cosines)
-    return Distance(what, first.document, first.capture, first.start, relative, cosine)
-
-
-def _typical(errors: Tensor, cosines: Tensor) -> tuple[float, float]:
-    """NaN if any is, which is no question of experts."""
-    return float(errors.median()), float(cosines.median())
+    return Distance(what, first.document, first.capture, first.start, *judge(errors, cosines))
 
 
 def _mean(errors: Tensor, cosines: Tensor) -> tuple[float, float]:
     return float(errors.square().mean().sqrt()), float(cosines.mean())
+
+
+def _mean_of_most(errors: Tensor, cosines: Tensor) -> tuple[float, float]:
+    """Without the worst; NaN if any is, which is no question of experts."""
+    if errors.isnan().any():
+        return math.nan, math.nan
+    num = len(errors) - int(_OTHER_EXPERTS * len(errors))
+    return _mean(errors.topk(num, largest=False).values, cosines.topk(num).values)
+
+
+def _median(errors: Tensor, cosines: Tensor) -> tuple[float, float]:
+    """NaN if any is."""
+    return float(errors.median()), float(cosines.median())
 
 
 def diagnose(comparison: Comparison) -> str | None:
