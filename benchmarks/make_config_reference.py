@@ -47,9 +47,12 @@ Unknown keys are refused, with the nearest real one. Paths are relative to the w
 configuration is written to `resolved.toml` in the run directory.
 
 "None" in a description means that the field is not set. The column *later* says whether a run that has begun may go on
-with another value. `no` means that the run directory refuses it: what is trained could change.
+with another value. `no` means that the run directory refuses it: what is trained could change. `in part` means that the
+description says what may change.
 """
 
+IN_PART = ("target.engine_args",)
+"""Tables of which some keys may change: their docstrings say which."""
 RANGES = {"Ge": "at least {}", "Gt": "above {}", "Le": "at most {}", "Lt": "below {}"}
 SECTIONS: tuple[tuple[str, type[BaseModel], str], ...] = (
     ("target", TargetConfig, "required"),
@@ -111,7 +114,7 @@ def _table(model: type[BaseModel], prefix: str, names: list[str]) -> str:
         field = model.model_fields[name]
         if not field.description:
             raise SystemExit(f"{model.__name__}.{name} has no docstring: say what it means below the field")
-        later = "yes" if _may_change(prefix + name) else "no"
+        later = "in part" if prefix + name in IN_PART else "yes" if _may_change(prefix + name) else "no"
         meaning = _escape(" ".join(field.description.split()))
         lines.append(f"| `{name}` | {_escape(_type_of(field))} | {_escape(_default_of(field))} | {later} | {meaning} |")
     return "\n".join(lines) + "\n"

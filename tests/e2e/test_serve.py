@@ -63,6 +63,8 @@ def test_what_cannot_work_is_said_before_anything_is_loaded(tmp_path: Path, monk
         r"both or neither": ("--tls-cert", token),
         r"target.dtype": ("--dtype", "int8"),
         r"target.engine": ("--engine", "abacus"),
+        r"--rows-per-forward 2 for target.engine = .vllm": ("--engine", "vllm", "--rows-per-forward", "2"),
+        r"engine_documents, engine_tokens set for": ("target.engine_tokens=5", "target.engine_documents=3"),
         r"target.atention: unknown": ("target.atention=eager",),
         r"not of training": ("training.lr=1",),
         r"cannot read .*none.toml": ("--target-config", tmp_path / "none.toml"),

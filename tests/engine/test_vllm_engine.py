@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from contract.test_engine_contract import (  # noqa: F401  # collected here too, on this engine
     EVERYTHING,
@@ -43,6 +43,10 @@ from paceline.target.engines.programs import find_program
 from paceline.target.engines.starting import is_ready, start_engine
 from paceline.target.hf.engine import HFEngine
 from paceline.target.opening import engine_layers, open_engine
+from paceline.target.selftest.reference import observe
+from paceline.target.selftest.run import run_selftest
+from paceline.target.selftest.texts import build_texts
+from paceline.target.selftest.tolerance import choose_tolerance
 from paceline.target.vllm.kind import VLLM
 from tiny import save_tiny_target, tiny_request
 
@@ -197,7 +201,35 @@ def test_a_document_longer_than_the_server_takes_is_refused(engine: DocumentEngi
 
 def test_nothing_is_left_in_the_directory(engine: DocumentEngine, server: Server):
     assert engine.capture(tiny_request((5, 6)), EVERYTHING).result(60).finite
-    assert list(server.address.directory.iterdir()) == []
+    assert hidden_states(server) == []
+
+
+def test_what_vllm_writes_for_requests_that_were_given_up_goes_when_the_next_client_starts(server: Server):
+    other = server.engine()
+    futures = [other.capture(tiny_request((4000,), seed=seed), EVERYTHING) for seed in range(4)]
+    assert wait_for(lambda: bool(hidden_states(server)), 30), "the premise: vLLM is at it"
+    other.close()
+    assert any(future.exception(5) for future in futures)
+
+    def nothing_is_left() -> bool:
+        server.engine().close()
+        return not hidden_states(server)
+
+    assert wait_for(nothing_is_left, 60)
+
+
+def hidden_states(server: Server) -> list[str]:
+    """Files beside those that say which clients there were."""
+    return [path.name for path in server.address.directory.iterdir() if path.suffix not in (".owner", ".left")]
+
+
+def test_prefills_in_chunks_pass_the_self_test_with_its_long_text(engine: DocumentEngine, reference: PreTrainedModel):
+    """Of 2,304 tokens vLLM computes 256 at once here."""
+    texts = build_texts(engine.info().num_tokenizer_tokens, engine.info().max_position_embeddings)
+    expected = observe(reference, texts, "")
+    result = run_selftest(engine, texts, expected, LAYERS, choose_tolerance("float32"), num_far=2)
+    assert (result.problem, result.unproven) == (None, None)
+    assert result.num_judged_tokens > 4 * 792
 
 
 def test_this_version_is_among_those_that_the_documents_call_tried(target: Path):

@@ -12,6 +12,7 @@ Shown elsewhere, through the same functions:
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -186,8 +187,37 @@ def test_a_run_directory_of_another_configuration_says_what_differs_and_stays_as
 
 def test_settings_that_do_not_change_what_is_trained_may_change(finished: Path, data: Path, copied: Path) -> None:
     changed = {"training__log_every": 7, "transport__prefetch_rows": 1, "training__keep_checkpoints": 9}
-    changed |= {"target__engine_tokens": 5000, "target__engine_start_timeout_s": 60.0, "target__selftest": False}
+    changed |= {"target__selftest": False}
     assert run(config_of(copied, finished, data, **changed)).status == "finished"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "differs"),
+    [
+        ({"gpu-memory-utilization": 0.8, "max-model-len": 4096}, {"max-model-len": 512, "enforce-eager": True}, None),
+        ({}, {"quantization": "fp8"}, "target.engine_args.quantization: was 'not set', is 'fp8'"),
+        (
+            {"hf-overrides": {"rope_theta": 1e4}},
+            {"hf-overrides": {"rope_theta": 1e6}},
+            "target.engine_args.hf-overrides.rope_theta: was 10000.0, is 1000000.0",
+        ),
+    ],
+    ids=["memory and batches", "weights", "rope"],
+)
+def test_options_of_an_engine_may_change_unless_they_change_what_is_computed(
+    tmp_path: Path, data: Path, before: dict[str, Any], after: dict[str, Any], differs: str | None
+) -> None:
+    engine = {"target__engine": "vllm", "placement__target": "servers"}
+    first, second = (
+        run_config(tmp_path / "run", tmp_path / "target", data, **engine, target__engine_args=options)
+        for options in (before, after)
+    )
+    open_run(first)
+    if differs is None:
+        open_run(second)
+    else:
+        with pytest.raises(RunDirectoryError, match=re.escape(differs) + "(.|\n)*or set these back"):
+            open_run(second)
 
 
 def test_another_target_under_the_same_name_is_refused_with_both_fingerprints(

@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -22,7 +20,6 @@ from paceline.errors import ConfigError, TargetError
 from paceline.launch.selftest import SelfTest, observe_own, prepare_selftest
 from paceline.schema.features import Features, FeatureSpec
 from paceline.schema.rows import RowRequest
-from paceline.schema.target_info import TargetInfo
 from paceline.target.hf.engine import HFEngine
 from paceline.target.hf.loading import read_quantization
 from paceline.target.selftest.reference import load_reference, observe
@@ -31,113 +28,22 @@ from paceline.target.selftest.run import SelfTestResult, run_selftest
 from paceline.target.selftest.texts import build_texts
 from paceline.target.selftest.tolerance import choose_tolerance
 from tiny import save_nested_tiny_target, save_tiny_target
+from wrong_engines import (
+    Change,
+    WrongEngine,
+    before_the_norm,
+    documents_see_each_other,
+    layer_before,
+    next_layer,
+    not_finite,
+    other_greedy,
+    rows_missing,
+    shared_prefix_cache,
+    shifted_by_one,
+    stale_prefix_cache,
+)
 
 LAYERS = (0, 1, 2)
-Change = Callable[["WrongEngine", RowRequest, FeatureSpec], Features]
-
-
-class WrongEngine:
-    """A real engine behind somebody who changes what is asked or answered."""
-
-    def __init__(self, engine: HFEngine, change: Change) -> None:
-        self.engine, self.change = engine, change
-        self.seen: list[bytes] = []
-        """Documents that were asked for before."""
-
-    def info(self) -> TargetInfo:
-        return self.engine.info()
-
-    def ask(self, request: RowRequest, spec: FeatureSpec) -> Features:
-        return self.engine.capture(request, spec).result(60)
-
-    def capture(self, request: RowRequest, spec: FeatureSpec) -> Future[Features]:
-        future: Future[Features] = Future()
-        future.set_result(self.change(self, request, spec))
-        starts = zip(request.documents, request.documents[1:], strict=False)
-        self.seen += [request.tokens[start:end].tobytes() for start, end in starts]
-        return future
-
-    def room(self) -> int:
-        return 1
-
-    def close(self) -> None:
-        return
-
-
-def one_document(request: RowRequest) -> RowRequest:
-    num = len(request.tokens)
-    return replace(request, documents=np.array([0, num], np.int32), positions=np.arange(num, dtype=np.int32)[None])
-
-
-def next_layer(wrong: WrongEngine, request: RowRequest, spec: FeatureSpec) -> Features:
-    """transformers' numbering taken for ours."""
-    features = wrong.ask(request, replace(spec, layers=tuple(layer + 1 for layer in spec.layers)))
-    return replace(features, layers=spec.layers)
-
-
-def layer_before(wrong: WrongEngine, request: RowRequest, spec: FeatureSpec) -> Features:
-    features = wrong.ask(request, replace(spec, layers=tuple(max(0, layer - 1) for layer in spec.layers[1:])))
-    return replace(features, layers=spec.layers, hidden=torch.cat([features.hidden[:, :1], features.hidden], 1))
-
-
-def shifted_by_one(wrong: WrongEngine, request: RowRequest, spec: FeatureSpec) -> Features:
-    """A state too early, as where an engine answers for the token that comes next."""
-    features = wrong.ask(request, spec)
-    moved = {name: torch.roll(getattr(features, name), -1, 0) for name in ("hidden", "final_hidden", "greedy")}
-    return replace(features, **moved)
-
-
-def before_the_norm(wrong: WrongEngine, request: RowRequest, spec: FeatureSpec) -> Features:
-    last = wrong.ask(request, FeatureSpec((wrong.info().num_layers - 1,)))
-    return replace(wrong.ask(request, spec), final_hidden=last.hidden[:, 0])
-
-
-def documents_see_each_other(wrong: WrongEngine, request: RowRequest, spec: FeatureSpec) -> Features:
-    return wrong.ask(one_document(request), spec)
-
-
-def stale_prefix_cache(wrong: WrongEngine, request: RowRequest, spec: FeatureSpec) -> Features:
-    """A repeated document has the states of its last token everywhere but there."""
-    features = wrong.ask(request, spec)
-    return forget(features, request, lambda tokens: tokens.tobytes() in wrong.seen)
-
-
-def shared_prefix_cache(wrong: WrongEngine, request: RowRequest, spec: FeatureSpec) -> Features:
-    """The same for one that begins like another that came before; the same whole is computed again."""
-    features = wrong.ask(request, spec)
-
-    def begins_like_another(tokens: np.ndarray) -> bool:
-        head = tokens[:64].tobytes()
-        return len(tokens) > 64 and any(other.startswith(head) and other != tokens.tobytes() for other in wrong.seen)
-
-    return forget(features, request, begins_like_another)
-
-
-def forget(features: Features, request: RowRequest, cached: Callable[[np.ndarray], bool]) -> Features:
-    hidden = features.hidden.clone()
-    for start, end in zip(request.documents, request.documents[1:], strict=False):
-        if end - start > 1 and cached(request.tokens[start:end]):
-            hidden[start : end - 1] = hidden[end - 1]
-    return replace(features, hidden=hidden)
-
-
-def other_greedy(wrong: WrongEngine, request: RowRequest, spec: FeatureSpec) -> Features:
-    features = wrong.ask(request, spec)
-    assert features.greedy is not None
-    return replace(features, greedy=(features.greedy + 1) % 300)
-
-
-def not_finite(wrong: WrongEngine, request: RowRequest, spec: FeatureSpec) -> Features:
-    features = wrong.ask(request, spec)
-    hidden = features.hidden.clone()
-    hidden[-1, 0, 0] = torch.nan
-    return replace(features, hidden=hidden)
-
-
-def rows_missing(wrong: WrongEngine, request: RowRequest, spec: FeatureSpec) -> Features:
-    """A prefix that was in a cache is left out."""
-    features = wrong.ask(request, spec)
-    return features if len(request.tokens) < 100 else replace(features, hidden=features.hidden[64:])
 
 
 @pytest.fixture(scope="module")
@@ -318,7 +224,7 @@ def test_a_reference_is_computed_of_soft_capped_scores_and_of_models_that_see_pi
         info, output = engine.info(), tmp_path / "r.safetensors"
         settings = {"model": str(path), "dtype": "float32", "device": "cpu", "output": str(output)}
         settings |= {"trust_remote_code": False, "quantised": False, "fingerprint": info.weight_fingerprint}
-        settings |= {"num_tokenizer_tokens": info.num_tokenizer_tokens}
+        settings |= {"num_tokenizer_tokens": info.num_tokenizer_tokens, "num_positions": 0}
         monkeypatch.setattr("sys.argv", ["reference", json.dumps(settings)])
         compute_reference()
         texts = build_texts(info.num_tokenizer_tokens)
@@ -351,8 +257,9 @@ def test_the_doctor_tests_an_engine_and_saves_a_reference(tiny_target: Path, tmp
             "doctor", str(tiny_target), "--save-reference", str(tmp_path / "r.safetensors"), "target.device=cpu"
         )
         assert saved.wait(120) == 0, saved.output
-        (kept,) = (tmp_path / "cache" / "paceline" / "selftest").iterdir()
+        (kept,) = (tmp_path / "cache" / "paceline" / "selftest").glob("*.safetensors")
         copy = load_file(tmp_path / "r.safetensors")
+        assert len(copy["final_hidden"]) == build_texts(261, 4096).bounds[-1] > len(build_texts(261).tokens)
         assert all(torch.equal(tensor, copy[name]) for name, tensor in load_file(kept).items())
         tested = commands.start("doctor", str(tiny_target), "--engine", "hf", "target.device=cpu")
         assert tested.wait(120) == 0, tested.output
@@ -371,7 +278,8 @@ def test_limits_are_those_of_what_the_engine_is_asked_to_quantise_to(
     tiny_target: Path, tmp_path: Path, engine: HFEngine, option: str
 ) -> None:
     config = config_of(tiny_target, engine="vllm", engine_args={option: "fp8"}, selftest_reference=str(tmp_path / "r"))
-    observe_own(config_of(tiny_target), engine).reference.save(tmp_path / "r")
+    own = observe_own(config_of(tiny_target), engine).reference
+    replace(own, text_hash=build_texts(261, 4096).text_hash()).save(tmp_path / "r")
     assert prepare_selftest(config).tolerance.name == "fp8 weights"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,14 +24,16 @@ from own_processes import alive
 from paceline.cli.serve import build_target_config, split_engine_flags
 from paceline.config.target import TargetConfig
 from paceline.errors import ConfigError, StoppedError, TargetError
-from paceline.target.engines.flags import check_not_set, parse_flags, write_flags
+from paceline.target.engines.flags import changes_what_is_computed, check_not_set, parse_flags, write_flags
 from paceline.target.engines.interface import EngineAddress
 from paceline.target.engines.process import EngineProcess, private_directory
-from paceline.target.engines.programs import EngineProgram, child_environment, find_program, visible_gpus
+from paceline.target.engines.programs import EngineProgram, check_spread, child_environment, find_program, visible_gpus
 from paceline.target.engines.starting import start_engine
 from paceline.target.opening import ENGINES, open_engine
 from paceline.target.vllm.kind import VLLM
 from paceline.target.vllm.requests import VLLMRequests
+from paceline.target.vllm.server import vllm_command
+from tiny import save_tiny_target
 
 WORKERS = """
 import pathlib, subprocess, sys, time
@@ -64,12 +67,43 @@ def test_options_of_an_engine_pass_through_a_table() -> None:
         "offset": "-1",
         "x": "{}",
     }
-    assert write_flags(table) == [
+    assert write_flags(table, None) == [
         *("--max-model-len", "4096", "--enforce-eager", "-tp", "2", "--lora", "a", "b", "--offset", "-1", "--x", "{}")
     ]
-    assert write_flags({"max_model_len": 4096, "a": False, "b": None, "hf-overrides": {"rope": [1]}}) == [
+    assert write_flags({"max_model_len": 4096, "b": None, "hf-overrides": {"rope": [1]}}, None) == [
         *("--max-model-len", "4096", "--hf-overrides", '{"rope": [1]}')
     ]
+
+
+def test_an_option_that_is_false_is_turned_off_where_the_engine_has_a_word_for_it() -> None:
+    """vLLM has --no-X for every yes or no, and may say yes by itself; SGLang says no where nothing is said."""
+    table = {"enable_chunked_prefill": False, "no-async-scheduling": False, "-x": False, "compilation-config.a": False}
+    assert write_flags(table, "no-") == [
+        *("--no-enable-chunked-prefill", "--async-scheduling", "--compilation-config.a", "false")
+    ]
+    assert write_flags(table, None) == ["--compilation-config.a", "false"]
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        *("quantization", "-q", "--quant", "dtype", "kv_cache_dtype", "hf-overrides.rope_theta", "rope-scaling"),
+        *("tokenizer", "revision", "load-format", "model-impl", "enable-lora", "json-model-override-args"),
+    ],
+)
+def test_an_option_that_changes_what_is_computed_is_known_by_its_words(option: str) -> None:
+    assert changes_what_is_computed(option)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        *("gpu-memory-utilization", "max_model_len", "max-num-batched-tokens", "enforce-eager", "mem-fraction-static"),
+        *("chunked-prefill-size", "attention-backend", "load-balance-method", "compilation-config.level", "-O", "seed"),
+    ],
+)
+def test_an_option_of_memory_batches_and_kernels_changes_last_bits_at_most(option: str) -> None:
+    assert not changes_what_is_computed(option)
 
 
 def test_words_without_an_option_are_refused() -> None:
@@ -101,10 +135,10 @@ def test_parts_and_beginnings_of_options_that_paceline_sets_are_refused(words: l
 def test_keys_inside_an_options_value_stay_as_they_are() -> None:
     """The engine writes its options with dashes or not; keys of a model's configuration have one spelling."""
     words = ["--hf_overrides.rope_theta", "5", "--compilation-config.cudagraph_mode=NONE"]
-    assert write_flags(parse_flags(words)) == [
+    assert write_flags(parse_flags(words), None) == [
         *("--hf-overrides.rope_theta", "5", "--compilation-config.cudagraph_mode", "NONE")
     ]
-    assert write_flags({"hf_overrides.rope_theta": 5}) == ["--hf-overrides.rope_theta", "5"]
+    assert write_flags({"hf_overrides.rope_theta": 5}, None) == ["--hf-overrides.rope_theta", "5"]
 
 
 def test_words_after_two_dashes_are_the_engines_and_win_over_the_file(tmp_path: Path) -> None:
@@ -203,13 +237,88 @@ def test_an_engine_sees_the_gpus_of_its_device_alone(monkeypatch: pytest.MonkeyP
     assert visible_gpus(two, {}) == {"CUDA_VISIBLE_DEVICES": "1,2"}
     assert visible_gpus(two, {"CUDA_VISIBLE_DEVICES": "4,5,6,7"}) == {"CUDA_VISIBLE_DEVICES": "5,6"}
     assert visible_gpus(TargetConfig(model="m", device="cpu"), {}) == {}
+    assert visible_gpus(TargetConfig(model="m", device="cuda"), {}) == {}
+
+
+@pytest.mark.parametrize(
+    ("device", "degree", "seen", "needed", "there"),
+    [("cuda:1", 4, "", 5, 4), ("cuda:1", 2, "6,7", 3, 2), ("auto", 5, "", 5, 4)],
+)
+def test_an_engine_on_more_gpus_than_are_visible_is_refused_with_both_numbers(
+    monkeypatch: pytest.MonkeyPatch, device: str, degree: int, seen: str, needed: int, there: int
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    config = TargetConfig(model="m", engine="vllm", device=device, tensor_parallel=degree)
+    with pytest.raises(ConfigError, match=rf"tensor_parallel = {degree} .*needs {needed} GPUs, {there} are visible"):
+        visible_gpus(config, {"CUDA_VISIBLE_DEVICES": seen})
+
+
+@pytest.mark.parametrize("option", ["-tp", "tensor_parallel_size", "pipeline-parallel-size", "data-parallel"])
+def test_options_that_spread_a_target_over_gpus_it_is_not_shown_are_refused(
+    tiny_target: Path, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    config = TargetConfig(model=str(tiny_target), engine="vllm", device="cuda:1", engine_args={option: 2})
+    with pytest.raises(
+        ConfigError, match=r"hold --?[a-z-]+, but target\.device = 'cuda:1'.*set target\.tensor_parallel"
+    ):
+        start_engine(VLLM, config, EngineProgram(Path(sys.executable), "0.32.0"), tiny_target, (0,))
+    check_spread(config.model_copy(update={"device": "cuda"}), [option], "vLLM")
+
+
+def test_what_the_environment_says_to_vllm_stays_and_threads_are_those_of_the_target(
+    tiny_target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_HOST_IP", "10.0.0.1")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.setenv("VLLM_API_KEY", "the user's")
+    given: list[dict[str, str]] = []
+    monkeypatch.setattr(
+        "paceline.target.engines.starting.EngineProcess", lambda name, root, command, env: given.append(env)
+    )
+    config = TargetConfig(model=str(tiny_target), engine="vllm", device="cpu", num_threads=2)
+    for one in (config, config.model_copy(update={"num_threads": None})):
+        _, address = start_engine(VLLM, one, EngineProgram(Path(sys.executable), "0.32.0"), tiny_target, (0,))
+        shutil.rmtree(address.directory.parent)
+        assert given[-1]["VLLM_API_KEY"] == address.key
+    assert [(env["VLLM_HOST_IP"], env["HF_HUB_OFFLINE"]) for env in given] == [("10.0.0.1", "1")] * 2
+    assert [env["OMP_NUM_THREADS"] for env in given] == ["2", "7"]
+    assert [env.get("VLLM_CPU_OMP_THREADS_BIND") for env in given] == ["nobind", None]
+
+
+@pytest.mark.parametrize("option", ["uds", "config"])
+def test_options_that_move_the_server_or_bring_others_along_are_refused(tiny_target: Path, option: str) -> None:
+    config = TargetConfig(model=str(tiny_target), engine="vllm", engine_args={option: "/x"})
+    address = EngineAddress("http://127.0.0.1:1", Path("/d"), (0,))
+    with pytest.raises(ConfigError, match=f"hold --{option}, which paceline sets itself"):
+        vllm_command(config, EngineProgram(Path("/python"), "0.32.0"), tiny_target, address)
+
+
+@pytest.mark.parametrize("stated", [True, False], ids=["config.json says it", "only the weights say it"])
+def test_vllm_computes_in_the_data_type_that_transformers_would(tmp_path: Path, stated: bool) -> None:
+    """It would take float32 for bfloat16 by itself, and be refused for it."""
+    checkpoint = save_tiny_target(tmp_path / "t")
+    file = checkpoint / "config.json"
+    config = json.loads(file.read_text())
+    assert {config.pop("dtype", None), config.pop("torch_dtype", None)} <= {None, "float32"}
+    file.write_text(json.dumps(config | ({"dtype": "float32"} if stated else {})))
+    address = EngineAddress("http://127.0.0.1:1", Path("/d"), (0,))
+    for settings, dtype in (({}, "float32"), ({"dtype": "bfloat16"}, "bfloat16")):
+        target = TargetConfig.model_validate({"model": str(checkpoint), "engine": "vllm", **settings})
+        command = vllm_command(target, EngineProgram(Path("/python"), "0.32.0"), checkpoint, address)
+        assert command[command.index("--dtype") + 1] == dtype
+    own = target.model_copy(update={"engine_args": {"dtype": "half"}})
+    assert vllm_command(own, EngineProgram(Path("/python"), "0.32.0"), checkpoint, address).count("--dtype") == 1
 
 
 @pytest.mark.parametrize(("version", "ours"), [("0.25.1", False), ("0.26.0", True), ("0.32.0", True)])
 def test_a_vllm_whose_private_parts_are_known_gets_our_connector(version: str, ours: bool) -> None:
     address = EngineAddress("http://127.0.0.1:1", Path("/nowhere"), (1, 3))
     program = EngineProgram(Path(sys.executable), version)
-    words = VLLM.command(TargetConfig(model="m", engine="vllm"), program, Path("m"), address)
+    words = VLLM.command(TargetConfig(model="m", engine="vllm", dtype="float32"), program, Path("m"), address)
     transfer = json.loads(words[words.index("--kv-transfer-config") + 1])
     assert transfer["kv_connector"] == ("HiddenStatesConnector" if ours else "ExampleHiddenStatesConnector")
     assert ("kv_connector_module_path" in transfer) == ours
@@ -278,6 +387,14 @@ def test_an_engine_ends_with_its_starter_whatever_ended_that(tmp_path: Path) -> 
 def test_an_engine_that_ends_before_it_is_ready_says_its_last_words() -> None:
     process, _ = start("print('no such option: --x', flush=True); raise SystemExit(3)")
     with pytest.raises(TargetError, match=r"(?s)ended with code 3 before it was ready.*no such option: --x"):
+        process.wait_until(lambda: False, 30)
+    process.close()
+
+
+def test_a_code_that_is_no_signals_is_shown_as_it_is() -> None:
+    """255 is what many a program ends with that fails."""
+    process, _ = start("raise SystemExit(255)")
+    with pytest.raises(TargetError, match="ended with code 255 before"):
         process.wait_until(lambda: False, 30)
     process.close()
 

@@ -218,6 +218,11 @@ def test_what_is_assumed_is_said(dense: Path, sparse: Path, tmp_path: Path) -> N
     said = " ".join(found.notes)
     for part in ("60 % of tokens supervised", "experts was not measured", "no speed was measured on B200"):
         assert part in said
+    assert "hf engine" not in said
+    vllm = config.model_copy(update={"target": config.target.model_copy(update={"engine": "vllm"})})
+    found = predict(vllm, H100, workload, [])
+    assert isinstance(found, Prediction)
+    assert any("as the hf engine would compute it: vllm's speed is its own" in note for note in found.notes)
     eager = config.model_copy(update={"training": config.training.model_copy(update={"compile": False})})
     found = predict(eager, H100, workload, [])
     assert isinstance(found, Prediction)

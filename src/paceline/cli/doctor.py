@@ -87,7 +87,7 @@ def _test_engine(config: TargetConfig, signals: StopSignals, save_reference: Pat
         typer.echo(f"{save_reference}: what transformers says, in {test.reference.dtype}")
         return
     with open_engine(config, signals.stop) as engine:
-        result = test.run(config, engine)
+        result = test.run(config, engine, signals.stop)
     Console().print(selftest_table(result))
     result.check(engine_name(config))
     typer.echo(f"{engine_name(config)} computes {config.model} as transformers does")

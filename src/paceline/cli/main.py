@@ -13,7 +13,7 @@ import typer
 from paceline.cli.doctor import doctor
 from paceline.cli.record import record, recorder
 from paceline.cli.serve import serve
-from paceline.errors import PacelineError, print_error
+from paceline.errors import PacelineError, StoppedError, print_error
 from paceline.launch.signals import StopSignals, catch_stop_signals
 from paceline.version import VERSION
 
@@ -51,6 +51,9 @@ def main() -> None:
         app(obj=signals)
     except PacelineError as error:
         print_error(error)
+        if isinstance(error, StoppedError) and signals.signum is not None:
+            _flush_outputs()
+            os._exit(signals.exit_code)
         sys.exit(1)
     except SystemExit as done:
         if signals.signum is None:

@@ -9,6 +9,12 @@ from paceline.config.base import Config
 
 _SERVER_URL = re.compile(r"https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}/?")
 
+_OF_ENGINES = (
+    *("capture_layers", "engine_args", "engine_directory", "engine_documents", "engine_python", "engine_tokens"),
+    "engine_url",
+)
+"""Settings that mean nothing to "hf"."""
+
 
 class TargetConfig(Config):
     """The frozen target model."""
@@ -29,8 +35,8 @@ class TargetConfig(Config):
     """Processes that compute each row together, by transformers' tensor-parallel plan (extra `accelerate`): one GPU
     each, from `device` on. A failed row ends all of them."""
     num_threads: int | None = Field(None, ge=1)
-    """CPU threads of torch in each process of a target server; None leaves torch's default. Another number changes
-    the last bits of features."""
+    """CPU threads of torch in each process of a target server, in those of an engine that it starts, too; None leaves
+    torch's default. Another number changes the last bits of features."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = "auto"
     """transformers' attention implementation."""
     documents: Literal["auto", "packed", "padded"] = "auto"
@@ -47,7 +53,8 @@ class TargetConfig(Config):
     """Name of the lm_head in the checkpoint, if it is not found by itself."""
 
     engine_args: dict[str, Any] = Field(default_factory=dict)
-    """The engine's own options, as it names them: {"max-model-len": 32768, "enforce-eager": true}."""
+    """The engine's own options, as it names them: {"max-model-len": 32768, "enforce-eager": true}. In a run that has
+    begun all may change but those that change what is computed (numbers, formats, parts of the model, files)."""
     engine_python: str | None = None
     """Python of the environment that has the engine; None is paceline's own."""
     engine_url: str | None = None
@@ -60,7 +67,7 @@ class TargetConfig(Config):
     engine_tokens: int = Field(32_768, ge=1)
     """Tokens of rows at an engine's server, up to which it gets more rows: it computes documents as they come."""
     engine_start_timeout_s: float = Field(1800, gt=0)
-    """The longest an engine may take to load and compile."""
+    """The longest an engine may take to load and compile, and transformers to compute the self-test's reference."""
     capture_layers: tuple[int, ...] | None = None
     """Layers that an engine other than "hf" is started for, 0-based; None: those of the run's drafts, for a server
     without a run those that all algorithms read by default."""
@@ -72,8 +79,8 @@ class TargetConfig(Config):
 
     @model_validator(mode="after")
     def _engine_settings(self) -> Self:
-        own = {"engine_args", "engine_python", "engine_url", "engine_directory", "capture_layers"}
-        given = sorted(name for name in own if getattr(self, name))
+        defaults = type(self).model_fields
+        given = [name for name in _OF_ENGINES if (value := getattr(self, name)) and value != defaults[name].default]
         if self.engine == "hf" and given:
             raise ValueError(f'{", ".join(given)} set for engine = "hf": choose another engine or leave them out')
         if self.engine_url is not None and not _SERVER_URL.fullmatch(self.engine_url):

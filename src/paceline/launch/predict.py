@@ -204,6 +204,11 @@ def _notes(config: RunConfig, device: Device, target: TargetWork | None) -> list
         notes.append(
             "drafts are predicted as with training.compile = true; how much slower they are without is unknown"
         )
+    if target is not None and config.target.engine != "hf":
+        notes.append(
+            f"the target is predicted as the hf engine would compute it: {config.target.engine}'s speed is its own, "
+            "and its memory what it is given (target.engine_args)"
+        )
     if target is not None and target.has_experts:
         notes.append("speed of targets with experts was not measured: theirs is at most what is said here")
     if target is not None and config.target.tensor_parallel > 1:

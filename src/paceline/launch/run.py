@@ -21,6 +21,7 @@ from paceline.config.loading import dump_config
 from paceline.config.run import RunConfig
 from paceline.config.run_dir import RunDir
 from paceline.errors import ConfigError, RunDirectoryError
+from paceline.target.engines.flags import changes_what_is_computed
 from paceline.version import VERSION
 
 _MAY_CHANGE = (
@@ -66,6 +67,7 @@ _MAY_CHANGE = (
     "data.recorded",
 )
 """Settings that do not change what is trained on: a run may go on with other values of them."""
+_ENGINE_ARGS = "target.engine_args."
 _MAY_DIFFER = (
     "run_dir",
     "data.cache_dir",
@@ -226,6 +228,9 @@ def load_resolved(paths: RunDir) -> dict[str, Any]:
 
 
 def _may_change(key: str) -> bool:
+    """An engine's options may change by their names: cache sizes and batches, not formats of weights."""
+    if key.startswith(_ENGINE_ARGS):
+        return not changes_what_is_computed(key.removeprefix(_ENGINE_ARGS))
     return _is_within(key, _MAY_CHANGE)
 
 

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import os
-import secrets
-import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,9 +13,9 @@ from typing import Any
 import torch
 
 from paceline.config.target import TargetConfig
-from paceline.errors import TargetError
+from paceline.launch.memory import free_memory
+from paceline.launch.reference import find_reference
 from paceline.target.engines.flags import option_name
-from paceline.target.engines.process import EngineProcess, private_directory
 from paceline.target.hf.engine import HFEngine
 from paceline.target.hf.fingerprint import fingerprint_weights
 from paceline.target.hf.info import count_tokenizer_tokens
@@ -30,12 +26,13 @@ from paceline.target.hf.loading import (
     read_quantization,
     resolve_checkpoint,
     resolve_device,
+    resolve_dtype,
 )
 from paceline.target.hf.stored_tensors import read_tensor_table
 from paceline.target.opening import ENGINES, ServedEngine
 from paceline.target.selftest.reference import Reference, cache_path, load_reference, observe
 from paceline.target.selftest.run import SelfTestResult, run_selftest
-from paceline.target.selftest.texts import KnownTexts, build_texts
+from paceline.target.selftest.texts import KnownTexts, build_texts, num_far_captures
 from paceline.target.selftest.tolerance import Tolerance, choose_tolerance
 
 _NUM_LAYERS = 6
@@ -53,10 +50,15 @@ class SelfTest:
     reference: Reference
     tolerance: Tolerance
 
-    def run(self, config: TargetConfig, engine: ServedEngine) -> SelfTestResult:
-        """Compare; the verdict is the result's `check`."""
+    def run(self, config: TargetConfig, engine: ServedEngine, stop: threading.Event | None = None) -> SelfTestResult:
+        """Compare; the verdict is the result's `check`.
+
+        Raises:
+            StoppedError: `stop` was set.
+        """
         layers = config.capture_layers or _spread(engine.info().num_layers)
-        result = run_selftest(engine, self.texts, self.reference, sorted(set(layers)), self.tolerance)
+        num_far = num_far_captures(config.engine != "hf" and resolve_device(config.device).type == "cuda")
+        result = run_selftest(engine, self.texts, self.reference, sorted(set(layers)), self.tolerance, num_far, stop)
         name = engine_name(config)
         for line in (f"self-test of {name} on {len(self.texts.tokens)} tokens:", *result.describe()):
             logger.info(line)
@@ -80,7 +82,9 @@ def prepare_selftest(config: TargetConfig, stop: threading.Event | None = None, 
     """
     checkpoint = resolve_checkpoint(config.model, config.revision, config.trust_remote_code)
     tokenizer = load_tokenizer(str(checkpoint), None, config.trust_remote_code)
-    texts = build_texts(count_tokenizer_tokens(tokenizer))
+    text_config = load_config(checkpoint, config.trust_remote_code).get_text_config(decoder=True)
+    num_positions = int(getattr(text_config, "max_position_embeddings", None) or 0)
+    texts = build_texts(count_tokenizer_tokens(tokenizer), num_positions)
     tolerance = _tolerance(config, checkpoint)
     fingerprint = fingerprint_weights(checkpoint)
     if config.selftest_reference is not None and not anew:
@@ -90,26 +94,27 @@ def prepare_selftest(config: TargetConfig, stop: threading.Event | None = None, 
         if given.fingerprint != fingerprint:
             logger.warning("the self-test compares with other weights: those of %s", given.model)
         return SelfTest(texts, given, tolerance)
-    device, dtype = _where_it_fits(checkpoint, config)
+    device, dtype = _where_it_fits(checkpoint, config, _bytes_of_text(text_config, texts))
     kept = cache_path(fingerprint, dtype, texts)
-    reference = None if anew else _known(kept, fingerprint, texts)
-    if reference is None:
-        settings = {
-            "model": str(checkpoint),
-            "dtype": dtype,
-            "device": str(device),
-            "trust_remote_code": config.trust_remote_code,
-            "quantised": read_quantization(checkpoint) is not None,
-            "num_tokenizer_tokens": count_tokenizer_tokens(tokenizer),
-            "fingerprint": fingerprint,
-        }
-        _compute(settings, kept, config.engine_start_timeout_s, stop)
-        reference = load_reference(kept, fingerprint, texts)
+    settings = {
+        "model": str(checkpoint),
+        "dtype": dtype,
+        "device": str(device),
+        "trust_remote_code": config.trust_remote_code,
+        "quantised": read_quantization(checkpoint) is not None,
+        "num_tokenizer_tokens": count_tokenizer_tokens(tokenizer),
+        "num_positions": num_positions,
+        "fingerprint": fingerprint,
+    }
+    reference = find_reference(kept, texts, settings, config.engine_start_timeout_s, stop, anew)
     return SelfTest(texts, reference, tolerance)
 
 
 def observe_own(config: TargetConfig, engine: HFEngine) -> SelfTest:
-    """The reference of an engine that is transformers, from the model that it has loaded."""
+    """The reference of an engine that is transformers, from the model that it has loaded; without the far text.
+
+    Such an engine computes a document in one forward, as the reference does, and this is done at each start.
+    """
     info = engine.info()
     texts = build_texts(info.num_tokenizer_tokens)
     checkpoint = resolve_checkpoint(config.model, config.revision, config.trust_remote_code)
@@ -117,35 +122,15 @@ def observe_own(config: TargetConfig, engine: HFEngine) -> SelfTest:
     return SelfTest(texts, reference, _tolerance(config, checkpoint))
 
 
-def _known(kept: Path, fingerprint: str, texts: KnownTexts) -> Reference | None:
-    try:
-        return load_reference(kept, fingerprint, texts) if kept.exists() else None
-    except TargetError as error:
-        logger.warning("%s; it is computed again", error)
-        return None
+def _bytes_of_text(text_config: Any, texts: KnownTexts) -> int:
+    """In fp32, of the longest text: attention's scores and their softmax, all layers' states, logits."""
+    num_tokens = max(len(text.tokens) for text in texts.documents)
+    scores = 3 * num_tokens * int(getattr(text_config, "num_attention_heads", None) or 0)
+    states = int(text_config.num_hidden_layers) * int(text_config.hidden_size)
+    return 4 * num_tokens * (scores + states + 2 * int(text_config.vocab_size))
 
 
-def _compute(settings: Mapping[str, Any], kept: Path, timeout_s: float, stop: threading.Event | None) -> None:
-    logger.info("computing what transformers says to the self-test, in %s on %s", settings["dtype"], settings["device"])
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    output = kept.with_name(f"{kept.name}.{secrets.token_hex(4)}")
-    words = json.dumps({**settings, "output": str(output)})
-    command = [sys.executable, "-m", "paceline.target.selftest.reference", words]
-    process = EngineProcess("transformers", private_directory("selftest"), command, os.environ)
-    try:
-        process.wait_until(output.exists, timeout_s, stop)
-        output.replace(kept)
-    except TargetError as error:
-        raise TargetError(
-            f"the self-test's reference cannot be computed here: {error}\nGive one that was made elsewhere "
-            "(target.selftest_reference, `paceline doctor MODEL --save-reference`), or do without (target.selftest = "
-            "false)"
-        ) from error
-    finally:
-        process.close()
-
-
-def _where_it_fits(checkpoint: Path, config: TargetConfig) -> tuple[torch.device, str]:
+def _where_it_fits(checkpoint: Path, config: TargetConfig, text_bytes: int) -> tuple[torch.device, str]:
     """(device, dtype) of the reference: fp32 where there is room, since bf16 of transformers is itself 1 to 2 % off."""
     device, dtype = resolve_device(config.device), config.dtype
     if read_quantization(checkpoint) is not None:
@@ -154,28 +139,18 @@ def _where_it_fits(checkpoint: Path, config: TargetConfig) -> tuple[torch.device
     num_weights = sum(math.prod(tensor.shape) for tensor in table)
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
-        if 4 * num_weights * _ROOM < free:
+        if 4 * num_weights * _ROOM + text_bytes < free:
             return device, "float32"
-        if sum(tensor.num_bytes for tensor in table) * _ROOM < free:
+        if sum(tensor.num_bytes for tensor in table) * _ROOM + text_bytes < free:
             return device, dtype
-    return torch.device("cpu"), "float32" if 4 * num_weights * _ROOM < _free_memory() else dtype
-
-
-def _free_memory() -> int:
-    """Bytes; files that the system only keeps for later count as free, as checkpoints just read are."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return torch.device("cpu"), "float32" if 4 * num_weights * _ROOM + text_bytes < free_memory() else dtype
 
 
 def _tolerance(config: TargetConfig, checkpoint: Path) -> Tolerance:
     whole = load_config(checkpoint, config.trust_remote_code)
     text = whole.get_text_config(decoder=True)
-    dtype = config.dtype if config.dtype != "auto" else str(text.dtype or whole.dtype or "float32")
     experts = any((getattr(text, name, None) or 0) > 1 for name in EXPERT_COUNTS)
-    return choose_tolerance(dtype.removeprefix("torch."), _quantization(config, checkpoint), experts)
+    return choose_tolerance(resolve_dtype(config, checkpoint), _quantization(config, checkpoint), experts)
 
 
 def _quantization(config: TargetConfig, checkpoint: Path) -> Mapping[str, Any] | str | None:

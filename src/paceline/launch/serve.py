@@ -8,6 +8,7 @@ import logging
 import os
 import resource
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from rich.console import Console
 
 from paceline.config.files import write_whole
 from paceline.config.target import TargetConfig
+from paceline.errors import ConfigError
 from paceline.launch.selftest import SelfTest, engine_name, observe_own, prepare_selftest
 from paceline.launch.target_facts import default_layers
 from paceline.observe.logs import logging_for
@@ -82,6 +84,7 @@ def serve_target(
         PacelineError: the target or the address cannot be used. An engine that dies later ends the process.
     """
     check_address(settings)
+    _check_merging(config, options)
     signals.grace_s = 1.0  # nothing to end in order while the target loads
     level = logging.getLevelNamesMapping()[options.log_level]
     console = Console(stderr=True) if options.log_file is None else None
@@ -92,7 +95,7 @@ def serve_target(
         # Before the engine starts: a GPU may not hold two models.
         test = prepare_selftest(config, signals.stop) if config.selftest and config.engine != "hf" else None
         engine = stack.enter_context(open_engine(config, signals.stop))
-        _prove(config, engine, test)
+        _prove(config, engine, test, signals.stop)
         signals.grace_s = _GRACE_S
         admission = Admission(_merging(engine, options), settings.max_unsent_rows, settings.max_sessions)
         stack.callback(admission.close)
@@ -107,6 +110,14 @@ def serve_target(
             _end_now(server)
 
 
+def _check_merging(config: TargetConfig, options: ServeOptions) -> None:
+    if options.rows_per_forward > 1 and config.engine != "hf":
+        raise ConfigError(
+            f'--rows-per-forward {options.rows_per_forward} for target.engine = "{config.engine}", which puts the '
+            "documents of rows together by itself (target.engine_documents, target.engine_tokens): leave it out"
+        )
+
+
 def with_capture_layers(config: TargetConfig) -> TargetConfig:
     """`config` for an engine that must know when it starts which layers it will be asked for."""
     if config.engine == "hf" or config.capture_layers is not None:
@@ -116,7 +127,7 @@ def with_capture_layers(config: TargetConfig) -> TargetConfig:
     return config.model_copy(update={"capture_layers": layers})
 
 
-def _prove(config: TargetConfig, engine: ServedEngine, test: SelfTest | None) -> None:
+def _prove(config: TargetConfig, engine: ServedEngine, test: SelfTest | None, stop: threading.Event) -> None:
     """Raise TargetError unless the engine computes what transformers does."""
     if not config.selftest:
         logger.warning("target.selftest = false: nobody has looked whether %s computes this target", config.engine)
@@ -127,7 +138,7 @@ def _prove(config: TargetConfig, engine: ServedEngine, test: SelfTest | None) ->
             return
         assert isinstance(engine, HFEngine), "other engines have a reference that was made beforehand"
         test = observe_own(config, engine)
-    test.run(config, engine).check(engine_name(config))
+    test.run(config, engine, stop).check(engine_name(config))
 
 
 def _merging(engine: ServedEngine, options: ServeOptions) -> Engine:

@@ -37,8 +37,10 @@ from paceline.target.hf.capture import apply_logit_transform
 logger = logging.getLogger(__name__)
 
 _NUM_PROBE_TOKENS = 8
-_LAST_WORDS_S = 10.0
-"""An engine's server ends some seconds after its core."""
+_VERDICT_S = 30.0
+"""Whoever watches the server knows sooner whether it is gone: a child's end takes some seconds after that of its core,
+an attached one is missed after three looks in vain."""
+_LOOK_EVERY_S = 1.0
 _LOGIT_TOLERANCE = 5e-2
 """Of the largest logit; Engine and torch round differently, and a tie may go either way."""
 
@@ -215,10 +217,15 @@ class DocumentEngine:
                 self._end(row, StoppedError("the target engine was closed before this row was packed"))
 
     def _look_after(self, error: TransportError) -> None:
-        """A dead server fails each row at once: it must be known for dead before rows are asked for again in vain."""
-        if not self._server.is_alive():
-            self._gone.wait(_LAST_WORDS_S)  # whoever watches its process knows more than we do
-            self.lose(error)
+        """A dead server fails each row at once: it must be known for dead before rows are asked for again in vain.
+
+        Returns when the server is well again, or gone; after 30 s without either it is given up here.
+        """
+        deadline = time.monotonic() + _VERDICT_S
+        while not self._gone.is_set() and not self._server.is_alive():
+            if time.monotonic() > deadline:
+                self.lose(error)
+            self._gone.wait(_LOOK_EVERY_S)
 
     def _checked(self, document: CapturedDocument) -> Tensor:
         """[n, L, H] of all captured layers."""

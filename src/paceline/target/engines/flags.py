@@ -1,6 +1,7 @@
 """An engine's own options: as a table (`[target.engine_args]`), and as words of its command line.
 
-paceline knows none of them by name, except those that it must set itself.
+paceline knows none of them by name, except those that it must set itself; of those that change what is computed it
+knows words.
 """
 
 from __future__ import annotations
@@ -13,6 +14,14 @@ from paceline.errors import ConfigError
 
 _SHORTEST = 4
 """Letters of a beginning that is taken for the whole: shorter ones are names of their own."""
+_COMPUTE = (
+    *("quantization", "quantize", "quant", "dtype", "torchao", "sparsity", "scales"),
+    *("hf", "override", "overrides", "impl", "rope", "sliding", "lora"),
+    *("tokenizer", "revision", "loader", "format"),
+)
+"""Words in names of options that change what is computed, beyond the last bits: numbers and how weights become them,
+parts of the model, files that are read. Both engines build their names of such words: kv-cache-dtype, load-format."""
+_COMPUTE_SHORT = ("-q",)
 
 
 def parse_flags(words: Sequence[str]) -> dict[str, Any]:
@@ -36,16 +45,34 @@ def parse_flags(words: Sequence[str]) -> dict[str, Any]:
     return table
 
 
-def write_flags(table: Mapping[str, Any]) -> list[str]:
-    """Command line words of a table; true is a bare option, false and none are left out, a table becomes JSON."""
+def write_flags(table: Mapping[str, Any], negation: str | None) -> list[str]:
+    """Command line words of a table; true is a bare option, none is left out, a table becomes JSON.
+
+    Args:
+        negation: what the name of an option that is false begins with: "no-" where the engine has `--no-X` for each
+            such X; None leaves it out.
+    """
     words: list[str] = []
     for name, value in table.items():
-        if value is None or value is False:
+        option = name if name.startswith("-") else f"--{option_name(name)}"
+        if value is None:
             continue
-        words.append(name if name.startswith("-") else f"--{option_name(name)}")
-        if value is not True:
-            words += [_write(one) for one in (value if isinstance(value, list | tuple) else [value])]
+        if isinstance(value, bool) and "." in option:  # a key inside a value
+            words += [option, json.dumps(value)]
+        elif value is False:
+            words += _negated(option, negation)
+        elif value is True:
+            words.append(option)
+        else:
+            words += [option, *(_write(one) for one in (value if isinstance(value, list | tuple) else [value]))]
     return words
+
+
+def _negated(option: str, negation: str | None) -> list[str]:
+    if negation is None or not option.startswith("--"):
+        return []
+    name = option.removeprefix("--")
+    return [f"--{name.removeprefix(negation) if name.startswith(negation) else negation + name}"]
 
 
 def option_name(option: str) -> str:
@@ -66,11 +93,28 @@ def check_not_set(table: Mapping[str, Any], own: Iterable[str], engine: str) -> 
         own: with dashes; a short one with its dash in front ("-sc"). Keys inside their values count, and so do their
             beginnings, which an engine may complete: "speculative-config.method", "api-k".
     """
-    names = {option_name(name).partition(".")[0] for name in table}
-    taken = sorted(name for name in names if any(_may_be(name, one) for one in own))
+    taken = find_options(table, own)
     if taken:
-        shown = ", ".join(name if name.startswith("-") else "--" + name for name in taken)
-        raise ConfigError(f"target.engine_args of {engine} hold {shown}, which paceline sets itself: leave them out")
+        raise ConfigError(
+            f"target.engine_args of {engine} hold {', '.join(taken)}, which paceline sets itself: leave them out"
+        )
+
+
+def find_options(table: Mapping[str, Any], wanted: Iterable[str]) -> list[str]:
+    """Which options of `table` are `wanted`, whole or in part, as command line words; see `check_not_set`."""
+    options = list(wanted)
+    names = {option_name(name).partition(".")[0] for name in table}
+    found = sorted(name for name in names if any(_may_be(name, one) for one in options))
+    return [name if name.startswith("-") else "--" + name for name in found]
+
+
+def changes_what_is_computed(option: str) -> bool:
+    """Whether features could be others, beyond their last bits, with another value of an option."""
+    name = option_name(option).partition(".")[0]
+    if name.startswith("-"):
+        return name in _COMPUTE_SHORT
+    *words, last = name.split("-")
+    return bool(set(words) & set(_COMPUTE)) or any(_may_be(last, one) for one in _COMPUTE)
 
 
 def _may_be(name: str, option: str) -> bool:

@@ -80,7 +80,9 @@ class EngineKind:
     tried: tuple[str, ...]
     """Versions that this one of paceline was run with; docs/engines.md has what was tried on what."""
     variables: Mapping[str, str]
-    """Of its environment, besides ours."""
+    """Of its environment, where ours does not have them."""
+    spreading: tuple[str, ...]
+    """Options that say over how many GPUs a target is spread, with dashes; a short one with its dash in front."""
     command: Callable[[TargetConfig, EngineProgram, Path, EngineAddress], list[str]]
     """(config, program, checkpoint, address): the command line of a server, without its key. Raises ConfigError for
     options that are set here."""
@@ -91,3 +93,5 @@ class EngineKind:
     """(a server's command line, a word): the line for a shell, with the word as its key."""
     connect: Callable[[EngineAddress], DocumentServer]
     """A client of a server that is ready. Raises TransportError if it does not answer, TargetError if it refuses."""
+    thread_variables: Mapping[str, str] = field(default_factory=dict)
+    """More `variables`, without which `target.num_threads` would not count."""

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,7 @@ _NUM_LOG_LINES = 12
 _NUM_ERRORS = 5
 _NAMES_AN_ERROR = re.compile(r"\b\w*(Error|Exception)\b: ?\S|out of memory", re.IGNORECASE)
 _LAST_WORDS_S = 10.0
+_SIGNALS = frozenset(map(int, signal.valid_signals()))
 
 
 class EngineProcess:
@@ -152,7 +154,7 @@ class EngineProcess:
 
     def _describe_end(self, when: str) -> TargetError:
         code = self._process.returncode
-        how = f"signal {code - 128}" if code > 128 else f"code {code}"
+        how = f"signal {code - 128}" if code - 128 in _SIGNALS else f"code {code}"
         return TargetError(f"{self.name} ended with {how} {when}, the last lines of its log:\n{self.tail()}")
 
 

@@ -7,12 +7,15 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from paceline.config.target import TargetConfig
 from paceline.errors import ConfigError
+from paceline.target.engines.flags import find_options
 from paceline.target.engines.http_calls import ENGINE_KEY
 from paceline.target.hf.loading import resolve_device
 
@@ -62,34 +65,76 @@ def find_program(config: TargetConfig, packages: Sequence[str]) -> EngineProgram
             [str(python), "-c", _ASK, *packages], capture_output=True, text=True, timeout=_ASK_S, check=False
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise ConfigError(f"target.engine_python = {str(python)!r} cannot be run ({error}): {remedy}") from error
+        raise ConfigError(
+            f"target.engine_python = {str(python)!r} cannot be run on {socket.gethostname()} ({error}): {remedy}; it "
+            "must be there on every host that starts servers (all nodes of a Ray cluster)"
+        ) from error
     if asked.returncode or not asked.stdout.strip():
         said = f" ({asked.stderr.strip().splitlines()[-1]})" if asked.stderr.strip() else ""
-        raise ConfigError(f"{python} has no package {' or '.join(packages)}{said}: {remedy}")
+        raise ConfigError(f"{python} on {socket.gethostname()} has no package {' or '.join(packages)}{said}: {remedy}")
     return EngineProgram(python, asked.stdout.strip())
 
 
 def child_environment(config: TargetConfig, program: EngineProgram, code: Path) -> dict[str, str]:
     """This process's variables, with the folder `code` to import from and the GPUs of `target.device` alone in sight.
 
-    Another Python gets none of our import path: packages of one environment break another.
+    Another Python gets none of our import path: packages of one environment break another. The threads are
+    `target.num_threads`, where that is set.
+
+    Raises:
+        ConfigError: as `visible_gpus`.
     """
     own = Path(sys.executable) == program.python
     path = [str(code), *([os.environ["PYTHONPATH"]] if own and os.environ.get("PYTHONPATH") else [])]
     ours = {name: value for name, value in os.environ.items() if name not in _SECRETS}
-    return {**ours, **visible_gpus(config, os.environ), "PYTHONPATH": os.pathsep.join(path)}
+    threads = {} if config.num_threads is None else {"OMP_NUM_THREADS": str(config.num_threads)}
+    return {**ours, **threads, **visible_gpus(config, os.environ), "PYTHONPATH": os.pathsep.join(path)}
 
 
 def visible_gpus(config: TargetConfig, environment: Mapping[str, str]) -> dict[str, str]:
-    """CUDA_VISIBLE_DEVICES of an engine that computes on `target.device` and the `tensor_parallel` - 1 after it."""
+    """CUDA_VISIBLE_DEVICES of an engine that computes on `target.device` and the `tensor_parallel` - 1 after it.
+
+    Raises:
+        ConfigError: fewer GPUs are visible.
+    """
     device = resolve_device(config.device)
-    if device.type != "cuda" or config.device in ("auto", "cuda"):
+    if device.type != "cuda":
         return {}
     first = device.index or 0
     chosen = range(first, first + config.tensor_parallel)
     seen = environment.get("CUDA_VISIBLE_DEVICES", "")
-    names = seen.split(",") if seen else [str(index) for index in range(chosen.stop)]
-    return {"CUDA_VISIBLE_DEVICES": ",".join(names[index] for index in chosen if index < len(names))}
+    names = seen.split(",") if seen else [str(index) for index in range(torch.cuda.device_count())]
+    if chosen.stop > len(names):
+        raise ConfigError(
+            f'target.tensor_parallel = {config.tensor_parallel} from target.device = "{config.device}" on needs '
+            f"{chosen.stop} GPUs, {len(names)} are visible here: lower target.tensor_parallel, or make more visible "
+            "(CUDA_VISIBLE_DEVICES)"
+        )
+    if not _is_pinned(config):
+        return {}
+    return {"CUDA_VISIBLE_DEVICES": ",".join(names[index] for index in chosen)}
+
+
+def check_spread(config: TargetConfig, spreading: Iterable[str], engine: str) -> None:
+    """Raise ConfigError if `target.engine_args` spread a target over GPUs that `target.device` hides from the engine.
+
+    Args:
+        spreading: options that say over how many GPUs, written as for `check_not_set`.
+    """
+    if resolve_device(config.device).type != "cuda" or not _is_pinned(config):
+        return
+    given = find_options(config.engine_args, spreading)
+    if given:
+        raise ConfigError(
+            f"target.engine_args of {engine} hold {', '.join(given)}, but target.device = {config.device!r} shows it "
+            f"{config.tensor_parallel} GPUs (target.tensor_parallel): set target.tensor_parallel instead, or start a "
+            'server by itself with target.device = "cuda", which shows it all'
+        )
+
+
+def _is_pinned(config: TargetConfig) -> bool:
+    """Whether the target has GPUs of its own, of all that are visible."""
+    return config.device not in ("auto", "cuda")
 
 
 def free_port() -> int:

@@ -11,7 +11,7 @@ from paceline.config.target import TargetConfig
 from paceline.target.engines.http_calls import EngineCalls
 from paceline.target.engines.interface import INSIDE, EngineAddress, EngineKind
 from paceline.target.engines.process import EngineProcess, private_directory
-from paceline.target.engines.programs import EngineProgram, child_environment, free_port
+from paceline.target.engines.programs import EngineProgram, check_spread, child_environment, free_port
 
 
 def start_engine(
@@ -22,8 +22,9 @@ def start_engine(
     Only the files of `INSIDE` enter its process: its Python needs no paceline, ours no engine.
 
     Raises:
-        ConfigError: options that cannot be given.
+        ConfigError: options that cannot be given; GPUs that are not there, or not shown to it.
     """
+    check_spread(config, kind.spreading, kind.title)
     root = private_directory(config.engine)
     hidden = root / "hidden"
     address = EngineAddress(f"http://127.0.0.1:{free_port()}", hidden, tuple(layers), secrets.token_hex(16))
@@ -31,7 +32,8 @@ def start_engine(
         hidden.mkdir()
         words, variables = kind.hand_key(address.key, root)
         command = [*kind.command(config, program, checkpoint, address), *words]
-        environment = {**child_environment(config, program, INSIDE), **kind.variables, **variables}
+        threads = {} if config.num_threads is None else kind.thread_variables
+        environment = {**kind.variables, **threads, **child_environment(config, program, INSIDE), **variables}
         return EngineProcess(f"{kind.title} {program.version}", root, command, environment), address
     except BaseException:  # a process that has started removes it
         shutil.rmtree(root, ignore_errors=True)

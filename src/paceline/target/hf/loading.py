@@ -44,6 +44,8 @@ _WEIGHTS = "*.safetensors"
 _HUB_PATTERNS = ["*.json", _WEIGHTS, "*.model", "*.txt", "*.jinja", "*.tiktoken"]
 _HUB_IGNORED = ["original/*", "consolidated*"]
 """Second copies of the same weights in other layouts."""
+_FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+"""safetensors' names."""
 _LAYER_KEY = re.compile(r"\blayers\.\d+\.")
 _TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
 _LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError)
@@ -140,6 +142,22 @@ def load_config(checkpoint: Path, trust_remote_code: bool = False) -> Pretrained
     except _LOAD_ERRORS as error:
         raise TargetError(f"{checkpoint / 'config.json'} cannot be used: {_short(error)}") from error
     return config
+
+
+def resolve_dtype(config: TargetConfig, checkpoint: Path) -> str:
+    """Data type of the target's states, e.g. "bfloat16": what "auto" is to transformers.
+
+    Raises:
+        TargetError: the checkpoint cannot be read.
+    """
+    if config.dtype != "auto":
+        return config.dtype
+    whole = load_config(checkpoint, config.trust_remote_code)
+    stated = whole.get_text_config(decoder=True).dtype or whole.dtype
+    if stated is not None:
+        return str(stated).removeprefix("torch.")
+    stored = (tensor.dtype for tensor in read_tensor_table(checkpoint).values())
+    return next((_FLOATS[name] for name in stored if name in _FLOATS), "float32")
 
 
 def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

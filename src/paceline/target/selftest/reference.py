@@ -36,7 +36,7 @@ _NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Reference:
-    """States of T tokens, the known texts end to end, each text computed alone."""
+    """States of T tokens, those compared of the known texts end to end, each text computed alone."""
 
     layers: Tensor
     """[T, N - 1, H]: outputs of decoder layers 0..N-2."""
@@ -109,13 +109,14 @@ def observe(model: PreTrainedModel, texts: KnownTexts, fingerprint: str) -> Refe
         for text in texts.documents:
             tokens = torch.from_numpy(text.tokens).long()[None].to(device)
             out = model(input_ids=tokens, output_hidden_states=True, use_cache=False)
-            logits = out.logits[0].float()
+            places = torch.from_numpy(text.places).to(device)
+            logits = out.logits[0, places.to(out.logits.device)].float()
             top = logits.topk(min(_NUM_TOP, logits.shape[-1]))
-            final = out.hidden_states[-1][0].cpu()
-            inner = [state[0].cpu() for state in out.hidden_states[1:-1]]
+            final = _rows(out.hidden_states[-1], places)
+            inner = [_rows(state, places) for state in out.hidden_states[1:-1]]
             seen["layers"].append(torch.stack(inner, 1) if inner else final.new_empty(len(final), 0, final.shape[-1]))
-            seen["final_hidden"].append(norm.pop("after")[0].cpu() if norm else final)
-            seen["before_norm"] += [norm.pop("before")[0].cpu()] if norm else []
+            seen["final_hidden"].append(_rows(norm.pop("after"), places) if norm else final)
+            seen["before_norm"] += [_rows(norm.pop("before"), places)] if norm else []
             seen["top_ids"].append(top.indices.cpu())
             seen["top_logits"].append(top.values.cpu())
             seen["logit_spread"].append(logits.std(-1).cpu())
@@ -127,6 +128,11 @@ def observe(model: PreTrainedModel, texts: KnownTexts, fingerprint: str) -> Refe
         text_hash=texts.text_hash(),
         dtype=str(seen["final_hidden"][0].dtype).removeprefix("torch."),
     )
+
+
+def _rows(states: Tensor, places: Tensor) -> Tensor:
+    """[m, H] on the CPU, of the only document."""
+    return states[0, places.to(states.device)].cpu()
 
 
 def cache_path(fingerprint: str, dtype: str, texts: KnownTexts) -> Path:
@@ -179,7 +185,7 @@ def main() -> None:
         sys.exit(f"{settings['model']} lacks {sorted(report['missing_keys'])[:3]}")
     if not settings["quantised"]:
         model.to(settings["device"])
-    texts = build_texts(settings["num_tokenizer_tokens"])
+    texts = build_texts(settings["num_tokenizer_tokens"], settings["num_positions"])
     observe(model.eval(), texts, settings["fingerprint"]).save(Path(settings["output"]))
 
 

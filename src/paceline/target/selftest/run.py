@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future
+from concurrent.futures import wait as wait_for_any
 from dataclasses import dataclass
 
 import numpy as np
 
-from paceline.errors import ConfigError, TargetError
+from paceline.errors import ConfigError, OutOfMemoryError, StoppedError, TargetError
 from paceline.schema.features import Features, FeatureSpec
 from paceline.schema.rows import RowRequest
 from paceline.target.interface import Engine
 from paceline.target.selftest.compare import Answer, Comparison, diagnose, name_of
 from paceline.target.selftest.reference import Reference
-from paceline.target.selftest.texts import Capture, KnownTexts, plan_captures
+from paceline.target.selftest.texts import Capture, KnownTexts, has_room_for_far, plan_captures
 from paceline.target.selftest.tolerance import Tolerance
 
+_UNPROVEN = "not compared, for want of a long text: prefill in chunks, sliding windows, RoPE for long texts"
+_LOOK_EVERY_S = 0.2
 _ANSWER_S = 600.0
 """A first row may compile kernels for minutes."""
 
@@ -49,6 +54,8 @@ class SelfTestResult:
     reference_dtype: str
     problem: str | None
     """What is wrong, in words."""
+    unproven: str | None
+    """What was not compared, and why."""
 
     def check(self, engine: str) -> None:
         """Raise TargetError if the engine is wrong."""
@@ -63,40 +70,45 @@ class SelfTestResult:
             for line in self.lines
         ]
         repeats = "bit-equal" if self.repeats_are_equal else "different in the last bits"
+        unproven = [] if self.unproven is None else [self.unproven]
         return [
             *shown,
+            *unproven,
             f"greedy tokens: {self.num_wrong_tokens} of {self.num_judged_tokens} wrong; repeats: {repeats}",
             f"{self.tolerance}; transformers in {self.reference_dtype}",
         ]
 
 
 def run_selftest(
-    engine: Engine, texts: KnownTexts, reference: Reference, layers: Sequence[int], tolerance: Tolerance
+    engine: Engine,
+    texts: KnownTexts,
+    reference: Reference,
+    layers: Sequence[int],
+    tolerance: Tolerance,
+    num_far: int = 1,
+    stop: threading.Event | None = None,
 ) -> SelfTestResult:
-    """Send the known texts through `engine`, each alone and all in one row, all of it twice.
+    """Send the known texts through `engine`, each alone and all in one row, all of it twice; the far one if it can.
 
     Args:
         layers: capture layers to compare, ascending.
+        num_far: copies of the far text, if there is one.
 
     Raises:
         PacelineError: the engine fails on one of them.
         TargetError: it does not answer.
+        StoppedError: `stop` was set.
     """
     spec = FeatureSpec(tuple(layers), final_hidden="all", greedy=True)
-    answers = []
-    captures, num_axes = plan_captures(texts), engine.info().num_position_axes
-    for again in (False, True):  # the second time is asked for when the first is answered: caches know it then
-        rows = [one for one in captures if one.again == again]
-        asked = [(one, engine.capture(_request(texts, one, num_axes), spec)) for one in rows]
-        answers += [Answer(capture, _answer(texts, capture, spec, future)) for capture, future in asked]
-    comparison = Comparison(texts, reference, layers, answers)
+    answers, unproven = _ask(engine, texts, spec, num_far, stop or threading.Event())
+    comparison = Comparison(texts, reference, layers, answers, tolerance)
     worst = [comparison.worst(what) for what in comparison.whats]
     lines = [
         SelfTestLine(
             name_of(one.what),
             one.relative,
             one.cosine,
-            f"{texts.documents[one.document].name}, {one.capture}",
+            f"{comparison.place_of(one)}, {one.capture}",
             tolerance.allows(one.relative, one.cosine),
         )
         for one in worst
@@ -109,8 +121,37 @@ def run_selftest(
         comparison.repeats_are_equal(),
         tolerance,
         reference.dtype,
-        diagnose(comparison, tolerance),
+        diagnose(comparison),
+        unproven,
     )
+
+
+def _ask(
+    engine: Engine, texts: KnownTexts, spec: FeatureSpec, num_far: int, stop: threading.Event
+) -> tuple[list[Answer], str | None]:
+    """All answers, and what could not be asked."""
+    answers: list[Answer] = []
+    info = engine.info()
+    unproven = None
+    if not has_room_for_far(info.max_position_embeddings):
+        unproven = f"{_UNPROVEN} (the target has {info.max_position_embeddings} positions)"
+    captures, num_axes = plan_captures(texts, num_far), info.num_position_axes
+    for again in (False, True):  # the second time is asked for when the first is answered: caches know it then
+        rows = [one for one in captures if one.again == again]
+        asked = [(one, engine.capture(_request(texts, one, num_axes), spec)) for one in rows]
+        for capture, future in asked:
+            try:
+                answers.append(Answer(capture, _answer(texts, capture, spec, _wait(future, capture, stop))))
+            except (ConfigError, OutOfMemoryError) as error:
+                if texts.documents[capture.documents[0]].windows:
+                    unproven = f"{_UNPROVEN} ({error})"
+                    continue
+                longest = len(texts.documents[texts.main].tokens)
+                raise type(error)(
+                    f"the self-test's texts (up to {longest} tokens) cannot be computed: {error}; or do without it "
+                    "(target.selftest = false)"
+                ) from error
+    return answers, unproven
 
 
 def _request(texts: KnownTexts, capture: Capture, num_axes: int) -> RowRequest:
@@ -125,17 +166,18 @@ def _request(texts: KnownTexts, capture: Capture, num_axes: int) -> RowRequest:
     )
 
 
-def _answer(texts: KnownTexts, capture: Capture, spec: FeatureSpec, future: Future[Features]) -> Features:
-    try:
-        features = future.result(_ANSWER_S)
-    except ConfigError as error:
-        longest = max(len(texts.documents[document].tokens) for document in capture.documents)
-        raise ConfigError(
-            f"the self-test's texts (up to {longest} tokens) cannot be computed: {error}; or do without it "
-            "(target.selftest = false)"
-        ) from error
-    except TimeoutError:
-        raise TargetError(f"the engine did not answer within {_ANSWER_S:.0f} s to the self-test ({capture})") from None
+def _wait(future: Future[Features], capture: Capture, stop: threading.Event) -> Features:
+    deadline = time.monotonic() + _ANSWER_S
+    while not stop.is_set():
+        if future in wait_for_any([future], _LOOK_EVERY_S).done:
+            return future.result()
+        if time.monotonic() > deadline:
+            raise TargetError(f"the engine did not answer within {_ANSWER_S:.0f} s to the self-test ({capture})")
+    raise StoppedError("stopped during the self-test")
+
+
+def _answer(texts: KnownTexts, capture: Capture, spec: FeatureSpec, features: Features) -> Features:
+    """`features`, if they are as many as were asked for."""
     num_tokens = sum(len(texts.documents[document].tokens) for document in capture.documents)
     received = {name: len(tensor) for name, tensor in features.tensors().items()}
     if set(received.values()) != {num_tokens} or features.layers != spec.layers:

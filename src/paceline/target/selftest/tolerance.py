@@ -17,6 +17,9 @@ class Tolerance:
     """Largest |received - reference| / |reference| of a document (root mean square over its tokens)."""
     cosine: float
     """Lowest mean cosine of a document."""
+    routed: bool = False
+    """Whether rounding may send a token to other experts now and then, which may move its states by any distance.
+    Where few tokens are judged, these are the typical ones, not the worst (`Comparison`)."""
 
     def allows(self, relative: float, cosine: float) -> bool:
         """Whether an engine may be so far away; false for NaN."""
@@ -64,12 +67,12 @@ def choose_tolerance(
     if quantization is not None:
         name, bits = _describe(quantization)
         relative, cosine = _WEIGHT_BITS[8 if bits >= 8 else 4]
-        return Tolerance(f"{name} weights", max(relative, plain.relative), min(cosine, plain.cosine))
+        return Tolerance(f"{name} weights", max(relative, plain.relative), min(cosine, plain.cosine), experts)
     if not experts:
         return plain
     # 1 - cosine grows with the square of the relative error.
     cosine = 1 - _EXPERTS**2 * (1 - plain.cosine)
-    return Tolerance(f"{plain.name} with experts", _EXPERTS * plain.relative, cosine)
+    return Tolerance(f"{plain.name} with experts", _EXPERTS * plain.relative, cosine, routed=True)
 
 
 def _describe(quantization: Mapping[str, Any] | str) -> tuple[str, int]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from paceline.target.engines.interface import EngineKind
 from paceline.target.sglang.requests import SGLangRequests
-from paceline.target.sglang.server import hand_key, sglang_command
+from paceline.target.sglang.server import SPREADING, hand_key, sglang_command
 
 SGLANG = EngineKind(
     title="SGLang",
     packages=("sglang",),
     tried=("0.5.14",),
     variables={"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"},  # it is given a directory
+    spreading=SPREADING,
     command=sglang_command,
     hand_key=hand_key,
     shell_command=lambda command, key: f"{command} --api-key {key}",

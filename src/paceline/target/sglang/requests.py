@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import threading
 import time
-import uuid
-from collections import deque
 from typing import Any
 
 import numpy as np
@@ -17,13 +14,12 @@ from torch import Tensor
 from paceline.errors import CaptureMismatchError, TargetError, TransportError
 from paceline.target.engines.http_calls import EngineCalls
 from paceline.target.engines.interface import CapturedDocument, EngineAddress
-from paceline.target.sglang.server import HOOK_FACTORY, RID_PREFIX
+from paceline.target.engines.own_files import OwnFiles
+from paceline.target.sglang.server import HOOK_FACTORY
 
 _LONGEST_RECHECK_S = 0.02
 _FILE_S = 60.0
 """Files are on their way when the answer comes."""
-_NUM_GIVEN_UP = 256
-"""Requests whose files are looked for after they failed: what is late is late by seconds."""
 
 
 class SGLangRequests:
@@ -40,8 +36,6 @@ class SGLangRequests:
         self.layers = address.layers
         self._directory = address.directory
         self._calls = EngineCalls(self.name, address.url, address.key)
-        self._lock = threading.Lock()
-        self._given_up: deque[str] = deque(maxlen=_NUM_GIVEN_UP)
         served = self._calls.call("GET", "/server_info")
         try:
             self.max_tokens = int(served["max_req_input_len"]) - 1
@@ -51,6 +45,7 @@ class SGLangRequests:
                 f"{self.name} does not say how many tokens it takes ({error!r}): is it SGLang?"
             ) from error
         self._check_options(served)
+        self._files = OwnFiles(address.directory)
 
     def capture(self, tokens: np.ndarray) -> CapturedDocument:
         """Hidden states of one document, int32[n]; the server's files are gone afterwards.
@@ -60,8 +55,16 @@ class SGLangRequests:
             TransportError: the server or its files are gone; asking again, or another server, can help.
             TargetError: the server refused.
         """
-        self._sweep()
-        sent, rid = tokens.tolist(), f"{RID_PREFIX}{uuid.uuid4().hex}"
+        self._files.sweep()
+        name = self._files.new_name()
+        try:
+            return self._capture(tokens.tolist(), name)
+        except BaseException:
+            self._files.give_up(name)
+            raise
+
+    def _capture(self, sent: list[int], name: str) -> CapturedDocument:
+        rid = f"{name}-0"  # begins the names of its files
         body = {
             "input_ids": sent,
             "rid": rid,
@@ -72,14 +75,9 @@ class SGLangRequests:
                 "ignore_eos": True,
             },
         }
-        try:
-            answer = self._calls.call("POST", "/generate", body)
-            next_token = self._next_token(answer)
-            parts = self._read_parts(rid, len(sent))
-        except BaseException:
-            with self._lock:
-                self._given_up.append(rid)
-            raise
+        answer = self._calls.call("POST", "/generate", body)
+        next_token = self._next_token(answer)
+        parts = self._read_parts(rid, len(sent))
         received = [token for part in parts for token in part["token_ids"].tolist()]
         if received != sent:
             raise CaptureMismatchError(
@@ -96,6 +94,7 @@ class SGLangRequests:
     def close(self) -> None:
         """End the requests that are out; their threads see a TransportError."""
         self._calls.close()
+        self._files.close()
 
     def _check_options(self, served: dict[str, Any]) -> None:
         hooks = served.get("forward_hooks") or []
@@ -159,11 +158,3 @@ class SGLangRequests:
         path = self._directory / f"{rid}.error"
         if path.exists():
             raise TransportError(f"{self.name}: {path.read_text(encoding='utf-8')}")
-
-    def _sweep(self) -> None:
-        """Remove what came for requests that were given up."""
-        with self._lock:
-            rids = list(self._given_up)
-        for rid in rids:
-            for path in self._directory.glob(f"{rid}.*"):
-                path.unlink(missing_ok=True)

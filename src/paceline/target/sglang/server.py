@@ -10,11 +10,11 @@ from urllib.parse import urlsplit
 from paceline.config.target import TargetConfig
 from paceline.target.engines.flags import check_not_set, option_name, write_flags
 from paceline.target.engines.interface import EngineAddress
+from paceline.target.engines.own_files import NAMES_BEGIN
 from paceline.target.engines.programs import EngineProgram
+from paceline.target.hf.loading import resolve_dtype
 
 HOOK_FACTORY = "paceline_sglang_hooks:build_hook"
-RID_PREFIX = "paceline-"
-"""Of requests whose states are written: not other clients', nor SGLang's own of its health."""
 _OWN_FLAGS = (
     *("model", "model-path", "host", "port", "config", "api-key", "admin-api-key", "forward-hooks"),
     *("disable-radix-cache", "disable-cuda-graph", "skip-tokenizer-init"),
@@ -22,7 +22,11 @@ _OWN_FLAGS = (
     *("allow-auto-truncate", "enable-mixed-chunk", "speculative-algorithm", "enable-dp-attention", "enable-lora"),
     *("enable-two-batch-overlap", "pp-size", "pipeline-parallel-size", "enable-prefill-cp", "disaggregation-mode"),
 )
+_NEGATION = None
+"""Its options of yes and no say yes; no is said by leaving them out."""
 _TENSOR_PARALLEL = ("tp", "tp-size", "tensor-parallel-size")
+SPREADING = (*_TENSOR_PARALLEL, "dp", "dp-size", "data-parallel-size")
+"""Options that say over how many GPUs a target is spread."""
 _BODIES = ("model", "language_model", "language_model.model", "model.language_model")
 """Where architectures keep their decoder layers."""
 
@@ -33,7 +37,8 @@ def capture_flags(layers: Sequence[int], directory: Path) -> list[str]:
     Args:
         layers: 0-based, ascending.
     """
-    shared = {"layers": list(layers), "directory": str(directory), "prefix": RID_PREFIX}
+    # Other clients' requests are not written, nor SGLang's own of its health.
+    shared = {"layers": list(layers), "directory": str(directory), "prefix": NAMES_BEGIN}
     hooks = [_hook(f"layer {layer}", f".layers.{layer}", {**shared, "layer": layer}) for layer in layers]
     hooks.append(_hook("batch", "", {**shared, "layer": None}))
     return [
@@ -45,7 +50,7 @@ def capture_flags(layers: Sequence[int], directory: Path) -> list[str]:
 
 
 def sglang_command(config: TargetConfig, program: EngineProgram, checkpoint: Path, address: EngineAddress) -> list[str]:
-    """The command line of a server at `address`; inside must be on its import path.
+    """The command line of a server at `address`; `INSIDE` must be on its import path.
 
     Raises:
         ConfigError: options that are set here.
@@ -56,8 +61,8 @@ def sglang_command(config: TargetConfig, program: EngineProgram, checkpoint: Pat
         *(str(program.python), "-m", "sglang.launch_server", "--model-path", str(checkpoint)),
         *("--host", str(parts.hostname), "--port", str(parts.port)),
         *capture_flags(address.layers, address.directory),
-        *_flags_of_target(config),
-        *write_flags(config.engine_args),
+        *_flags_of_target(config, checkpoint),
+        *write_flags(config.engine_args, _NEGATION),
     ]
 
 
@@ -73,11 +78,11 @@ def _hook(name: str, end: str, config: dict[str, object]) -> dict[str, object]:
     return {"name": name, "target_modules": modules, "hook_factory": HOOK_FACTORY, "config": config}
 
 
-def _flags_of_target(config: TargetConfig) -> list[str]:
+def _flags_of_target(config: TargetConfig, checkpoint: Path) -> list[str]:
     """Settings of [target] that SGLang has, too, unless `engine_args` have them."""
     given = {option_name(name) for name in config.engine_args}
     flags: dict[str, object] = {
-        "dtype": config.dtype,
+        "dtype": resolve_dtype(config, checkpoint),  # by itself SGLang takes fp32 for fp16
         "trust-remote-code": config.trust_remote_code,
         "served-model-name": config.model,
     }
@@ -85,4 +90,4 @@ def _flags_of_target(config: TargetConfig) -> list[str]:
         flags["tp-size"] = config.tensor_parallel
         # Otherwise the sum over GPUs may be left to the next layer's norm, after our hook.
         flags["enforce-disable-flashinfer-allreduce-fusion"] = True
-    return write_flags({name: value for name, value in flags.items() if name not in given})
+    return write_flags({name: value for name, value in flags.items() if name not in given}, _NEGATION)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from paceline.target.engines.interface import EngineKind
 from paceline.target.vllm.requests import VLLMRequests
-from paceline.target.vllm.server import vllm_command
+from paceline.target.vllm.server import SPREADING, vllm_command
 
 _KEY = "VLLM_API_KEY"
 
@@ -18,8 +18,10 @@ VLLM = EngineKind(
         "DO_NOT_TRACK": "1",
         "VLLM_HOST_IP": "127.0.0.1",  # where its own processes meet
     },
+    spreading=SPREADING,
     command=vllm_command,
     hand_key=lambda key, root: ([], {_KEY: key}),
     shell_command=lambda command, key: f"{_KEY}={key} {command}",
     connect=VLLMRequests,
+    thread_variables={"VLLM_CPU_OMP_THREADS_BIND": "nobind"},  # a CPU build would take all cores that it may use
 )

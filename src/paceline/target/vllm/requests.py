@@ -14,6 +14,7 @@ from torch import Tensor
 from paceline.errors import CaptureMismatchError, TargetError, TransportError
 from paceline.target.engines.http_calls import EngineCalls
 from paceline.target.engines.interface import CapturedDocument, EngineAddress
+from paceline.target.engines.own_files import OwnFiles
 
 _LONGEST_RECHECK_S = 0.02
 
@@ -42,6 +43,7 @@ class VLLMRequests:
             ) from error
         self.max_tokens = max_model_len - 1
         """Of one document: vLLM wants room for one token more."""
+        self._files = OwnFiles(address.directory)
 
     def capture(self, tokens: np.ndarray) -> CapturedDocument:
         """Hidden states of one document, int32[n]; the server's file is gone afterwards.
@@ -51,9 +53,18 @@ class VLLMRequests:
             TransportError: the server or its file is gone; asking again, or another server, can help.
             TargetError: the server refused.
         """
-        sent = tokens.tolist()
+        self._files.sweep()
+        name = self._files.new_name()
+        try:
+            return self._capture(tokens.tolist(), name)
+        except BaseException:
+            self._files.give_up(name)
+            raise
+
+    def _capture(self, sent: list[int], name: str) -> CapturedDocument:
         deadline = time.monotonic() + self._calls.timeout_s
         body = {
+            "request_id": name,  # becomes part of its file's name
             "model": self._model,
             "prompt": sent,
             "max_tokens": 1,
@@ -87,6 +98,7 @@ class VLLMRequests:
     def close(self) -> None:
         """End the requests that are out; their threads see a TransportError."""
         self._calls.close()
+        self._files.close()
 
     def _read(self, name: str, deadline: float) -> dict[str, Tensor]:
         """The tensors of a file in the server's directory, which is removed; only its name is the server's word."""

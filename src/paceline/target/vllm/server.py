@@ -11,14 +11,22 @@ from paceline.config.target import TargetConfig
 from paceline.target.engines.flags import check_not_set, option_name, write_flags
 from paceline.target.engines.interface import EngineAddress
 from paceline.target.engines.programs import EngineProgram
+from paceline.target.hf.loading import resolve_dtype
 
 _CONNECTOR = "paceline_vllm_connector"
 _OWN_FLAGS = (
     *("model", "host", "port", "api-key", "speculative-config", "-sc", "kv-transfer-config"),
-    *("enable-prefix-caching", "no-enable-prefix-caching"),
+    *("enable-prefix-caching", "no-enable-prefix-caching", "uds", "config"),
 )
+_NEGATION = "no-"
+"""Its options of yes and no are argparse.BooleanOptionalAction."""
 _FIRST_WITH_OUR_CONNECTOR = (0, 26)
 """Older ones have other private parts, and get vLLM's own connector."""
+SPREADING = (
+    *("tensor-parallel-size", "-tp", "pipeline-parallel-size", "-pp", "data-parallel-size", "-dp"),
+    *("data-parallel-size-local", "-dpl", "prefill-context-parallel-size", "-pcp"),
+)
+"""Options that say over how many GPUs a target is spread."""
 
 
 def capture_flags(layers: Sequence[int], directory: Path, connector_module: str | None) -> list[str]:
@@ -49,7 +57,7 @@ def capture_flags(layers: Sequence[int], directory: Path, connector_module: str 
 
 
 def vllm_command(config: TargetConfig, program: EngineProgram, checkpoint: Path, address: EngineAddress) -> list[str]:
-    """The command line of a server at `address`; inside must be on its import path.
+    """The command line of a server at `address`; `INSIDE` must be on its import path.
 
     Raises:
         ConfigError: options that are set here.
@@ -61,18 +69,18 @@ def vllm_command(config: TargetConfig, program: EngineProgram, checkpoint: Path,
         *(str(program.python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(checkpoint)),
         *("--host", str(parts.hostname), "--port", str(parts.port)),
         *capture_flags(address.layers, address.directory, _CONNECTOR if ours else None),
-        *_flags_of_target(config),
-        *write_flags(config.engine_args),
+        *_flags_of_target(config, checkpoint),
+        *write_flags(config.engine_args, _NEGATION),
     ]
 
 
-def _flags_of_target(config: TargetConfig) -> list[str]:
+def _flags_of_target(config: TargetConfig, checkpoint: Path) -> list[str]:
     """Settings of [target] that vLLM has, too, unless `engine_args` have them."""
     given = {option_name(name) for name in config.engine_args}
     flags = {
-        "dtype": config.dtype,
+        "dtype": resolve_dtype(config, checkpoint),  # by itself vLLM takes fp32 for bf16 or fp16
         "tensor-parallel-size": config.tensor_parallel if config.tensor_parallel > 1 else None,
-        "trust-remote-code": config.trust_remote_code,
+        "trust-remote-code": config.trust_remote_code or None,
         "served-model-name": config.model,
     }
-    return write_flags({name: value for name, value in flags.items() if name not in given})
+    return write_flags({name: value for name, value in flags.items() if name not in given}, _NEGATION)

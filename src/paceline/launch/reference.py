@@ -1,0 +1,121 @@
+"""The self-test's reference: kept from an earlier time, or computed by one process of this host while others wait."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import secrets
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from paceline.errors import StoppedError, TargetError
+from paceline.target.engines.process import EngineProcess, private_directory
+from paceline.target.selftest.reference import Reference, load_reference
+from paceline.target.selftest.texts import KnownTexts
+
+_LOOK_EVERY_S = 0.2
+_LOG_EVERY_S = 30.0
+_SURELY_LEFT_S = 3600.0
+logger = logging.getLogger(__name__)
+
+
+def find_reference(
+    kept: Path,
+    texts: KnownTexts,
+    settings: Mapping[str, Any],
+    timeout_s: float,
+    stop: threading.Event | None = None,
+    anew: bool = False,
+) -> Reference:
+    """The reference of `kept`, computed first if it is not there.
+
+    Args:
+        kept: the file; servers that start together compute it once.
+        settings: of `paceline.target.selftest.reference`, without "output".
+        anew: one of an earlier time will not do.
+
+    Raises:
+        TargetError: transformers cannot compute it here, or was not ready in `timeout_s`.
+        StoppedError: `stop` was set.
+    """
+    fingerprint = str(settings["fingerprint"])
+    found = None if anew else _known(kept, fingerprint, texts)
+    if found is not None:
+        return found
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(kept, timeout_s, stop):
+        found = None if anew else _known(kept, fingerprint, texts)
+        if found is not None:
+            return found
+        _compute(settings, kept, timeout_s, stop)
+        return load_reference(kept, fingerprint, texts)
+
+
+def _known(kept: Path, fingerprint: str, texts: KnownTexts) -> Reference | None:
+    try:
+        return load_reference(kept, fingerprint, texts) if kept.exists() else None
+    except TargetError as error:
+        logger.warning("%s; it is computed again", error)
+        return None
+
+
+@contextlib.contextmanager
+def _alone(kept: Path, timeout_s: float, stop: threading.Event | None) -> Iterator[None]:
+    """Hold the lock of `kept`, which the system lets go of when this process ends."""
+    begin = told = time.monotonic()
+    with kept.with_suffix(".lock").open("a") as lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                now = time.monotonic()
+                if now - begin > timeout_s:
+                    raise TargetError(
+                        f"another process has computed the self-test's reference for {timeout_s:.0f} s "
+                        f"(target.engine_start_timeout_s) and holds {lock.name}"
+                    ) from None
+                if now - told > _LOG_EVERY_S or told == begin:
+                    told = now
+                    logger.info("another process computes what transformers says to the self-test: waiting for it")
+                if (stop or threading.Event()).wait(_LOOK_EVERY_S):
+                    raise StoppedError("stopped while another process computed the self-test's reference") from None
+            except OSError as error:  # a file system without locks
+                logger.info("%s cannot be locked (%s): other servers may compute the same", lock.name, error.strerror)
+                break
+        yield
+
+
+def _clear_away(kept: Path) -> None:
+    """Remove what processes have left that were killed while they wrote, also on other hosts of a shared directory."""
+    for left in kept.parent.glob(f"{kept.name}.*"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - left.stat().st_mtime > _SURELY_LEFT_S:
+                left.unlink()
+
+
+def _compute(settings: Mapping[str, Any], kept: Path, timeout_s: float, stop: threading.Event | None) -> None:
+    logger.info("computing what transformers says to the self-test, in %s on %s", settings["dtype"], settings["device"])
+    _clear_away(kept)
+    output = kept.with_name(f"{kept.name}.{secrets.token_hex(4)}")
+    words = json.dumps({**settings, "output": str(output)})
+    command = [sys.executable, "-m", "paceline.target.selftest.reference", words]
+    process = EngineProcess("transformers", private_directory("selftest"), command, os.environ)
+    try:
+        process.wait_until(output.exists, timeout_s, stop)
+        output.replace(kept)
+    except TargetError as error:
+        raise TargetError(
+            f"the self-test's reference cannot be computed here: {error}\nGive one that was made elsewhere "
+            "(target.selftest_reference, `paceline doctor MODEL --save-reference`), or do without (target.selftest = "
+            "false)"
+        ) from error
+    finally:
+        process.close()

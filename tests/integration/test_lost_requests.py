@@ -1,0 +1,241 @@
+"""Requests to an engine's server that fail: who says that it is gone, and that their files do not stay."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from engine_processes import wait_for
+from paceline.config.target import TargetConfig
+from paceline.errors import EngineLostError, TargetError, TransportError
+from paceline.schema.features import FeatureSpec
+from paceline.target.engines.document_engine import DocumentEngine
+from paceline.target.engines.interface import CapturedDocument, EngineAddress
+from paceline.target.engines.outer_parts import load_outer_parts
+from paceline.target.engines.own_files import OwnFiles
+from paceline.target.hf.engine import HFEngine
+from paceline.target.vllm.requests import VLLMRequests
+from tiny import tiny_request
+
+SPEC = FeatureSpec((0, 3), final_hidden="all", greedy=True)
+
+
+class Documents:
+    """A server of documents that answers, fails and is looked at as a test says."""
+
+    def __init__(self, engine: HFEngine) -> None:
+        self.engine = engine
+        self.name, self.layers, self.max_tokens = "Server 7", (0, 3), 4096
+        self.fails = 0
+        """So many requests fail, from now on."""
+        self.looks: list[bool] = []
+        """What looks at it say, one after the other; True after those."""
+        self.num_looks = 0
+
+    def capture(self, tokens: np.ndarray) -> CapturedDocument:
+        if self.fails > 0:
+            self.fails -= 1
+            raise TransportError("no answer")
+        features = self.engine.capture(tiny_request_of(tokens), SPEC).result(60)
+        assert features.greedy is not None
+        return CapturedDocument(features.hidden, [0, 3], int(features.greedy[-1]))
+
+    def is_alive(self) -> bool:
+        self.num_looks += 1
+        return self.looks.pop(0) if self.looks else True
+
+    def close(self) -> None:
+        return
+
+
+def tiny_request_of(tokens: np.ndarray):
+    request = tiny_request((len(tokens),))
+    request.tokens[:] = tokens
+    return request
+
+
+@pytest.fixture(scope="module")
+def hf(tiny_target: Path) -> Iterator[HFEngine]:
+    with contextlib.closing(HFEngine(TargetConfig(model=str(tiny_target), device="cpu"))) as engine:
+        yield engine
+
+
+@pytest.fixture
+def documents(hf: HFEngine, monkeypatch: pytest.MonkeyPatch) -> Documents:
+    monkeypatch.setattr("paceline.target.engines.document_engine._LOOK_EVERY_S", 0.05)
+    return Documents(hf)
+
+
+@pytest.fixture
+def engine(documents: Documents, tiny_target: Path) -> Iterator[DocumentEngine]:
+    config = TargetConfig(model=str(tiny_target), device="cpu", engine="vllm")
+    with contextlib.closing(DocumentEngine(config, documents, load_outer_parts(config))) as engine:
+        yield engine
+
+
+def test_a_request_that_fails_while_the_server_rests_costs_one_row_and_not_the_server(
+    engine: DocumentEngine, documents: Documents
+) -> None:
+    """Whether it is gone is for whoever watches it."""
+    lost: list[Exception] = []
+    engine.on_lost(lost.append)
+    documents.fails, documents.looks = 1, [False, False]
+    with pytest.raises(TransportError, match="no answer"):
+        engine.capture(tiny_request((5,)), SPEC).result(30)
+    assert documents.num_looks == 3
+    assert engine.capture(tiny_request((5,)), SPEC).result(30).finite
+    assert lost == []
+
+
+def test_the_word_of_who_watches_a_server_ends_the_wait_of_its_rows(
+    engine: DocumentEngine, documents: Documents
+) -> None:
+    documents.fails, documents.looks = 1, [False] * 10_000
+    future = engine.capture(tiny_request((5,)), SPEC)
+    assert wait_for(lambda: documents.num_looks > 2, 10)
+    assert not future.done()
+    engine.lose(TargetError("Server 7 ended with code 3"))
+    with pytest.raises(EngineLostError, match="ended with code 3"):
+        future.result(5)
+
+
+def test_a_server_that_nobody_misses_and_that_never_is_well_again_is_given_up(
+    engine: DocumentEngine, documents: Documents, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("paceline.target.engines.document_engine._VERDICT_S", 0.2)
+    documents.fails, documents.looks = 1, [False] * 10_000
+    with pytest.raises(EngineLostError, match="no answer"):
+        engine.capture(tiny_request((5,)), SPEC).result(30)
+
+
+class LossyVLLM(BaseHTTPRequestHandler):
+    """Speaks as vLLM does; ends each second request without an answer, and writes its file all the same, later."""
+
+    directory: Path
+    written: list[str]
+
+    def do_GET(self) -> None:
+        self.answer({"data": [{"id": "m", "max_model_len": 100}]})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        path = self.directory / f"cmpl-{body['request_id']}-0-1234abcd.safetensors"
+        path.with_name(path.name + ".lock").touch()
+        self.written.append(path.name)
+        if len(self.written) % 2 == 0:
+            self.close_connection = True
+            time.sleep(0.2)
+            self.write(path, body["prompt"])
+            return
+        self.write(path, body["prompt"])
+        self.answer({"kv_transfer_params": {"hidden_states_path": str(path)}, "choices": [{"token_ids": [3]}]})
+
+    def write(self, path: Path, tokens: list[int]) -> None:
+        save_file({"hidden_states": torch.zeros(len(tokens), 1, 2), "token_ids": torch.tensor(tokens)}, path)
+
+    def answer(self, content: object) -> None:
+        text = json.dumps(content).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *words: object) -> None:
+        pass
+
+
+@pytest.fixture
+def address(tmp_path: Path) -> Iterator[EngineAddress]:
+    handler = type("Handler", (LossyVLLM,), {"directory": tmp_path, "written": []})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield EngineAddress(f"http://127.0.0.1:{server.server_port}", tmp_path, (0,))
+        server.shutdown()
+
+
+def hidden_states(directory: Path) -> set[str]:
+    return {path.name for path in directory.iterdir() if ".safetensors" in path.name}
+
+
+def test_files_of_requests_that_were_never_answered_go_and_those_of_others_stay(
+    address: EngineAddress, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("paceline.target.engines.own_files._SWEEP_EVERY_S", 0.0)
+    others = {"cmpl-0123-0-5678.safetensors", "cmpl-paceline-0123456789abcdef-0-0-5678.safetensors"}
+    for name in others:
+        (address.directory / name).touch()
+    tokens = np.arange(4, dtype=np.int32)
+    with contextlib.closing(VLLMRequests(address)) as requests:
+        assert requests.capture(tokens).next_token == 3
+        assert hidden_states(address.directory) == others
+        with pytest.raises(TransportError):
+            requests.capture(tokens)
+        assert wait_for(lambda: len(hidden_states(address.directory)) == 4, 10), "the premise"
+        requests.capture(tokens)
+        assert hidden_states(address.directory) == others
+        with pytest.raises(TransportError):
+            requests.capture(tokens)
+        assert wait_for(lambda: len(hidden_states(address.directory)) == 4, 10)
+    assert hidden_states(address.directory) == others
+
+
+def test_what_a_client_that_was_killed_has_left_goes_when_the_next_one_starts(tmp_path: Path) -> None:
+    script = (
+        "import sys, time; from pathlib import Path; from paceline.target.engines.own_files import OwnFiles;"
+        "files = OwnFiles(Path(sys.argv[1]));"
+        "Path(sys.argv[1], f'cmpl-{files.new_name()}-0-1234abcd.safetensors').touch(); time.sleep(600)"
+    )
+    killed, alive = (subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], env=os.environ) for _ in range(2))
+    try:
+        assert wait_for(lambda: len(hidden_states(tmp_path)) == 2, 60)
+        OwnFiles(tmp_path).close()
+        assert len(hidden_states(tmp_path)) == 2
+        killed.send_signal(signal.SIGKILL)
+        killed.wait()
+        OwnFiles(tmp_path).close()
+        assert len(hidden_states(tmp_path)) == 1
+    finally:
+        for process in (killed, alive):
+            process.kill()
+            process.wait()
+    OwnFiles(tmp_path).close()
+    assert hidden_states(tmp_path) == set()
+
+
+def test_what_a_server_writes_after_its_client_has_ended_goes_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("paceline.target.engines.own_files._SWEEP_EVERY_S", 0.0)
+    ended = OwnFiles(tmp_path)
+    ended.close()
+    with contextlib.closing(OwnFiles(tmp_path)) as other:
+        late = tmp_path / f"cmpl-{ended.new_name()}-0-1234abcd.safetensors"
+        late.touch()
+        own = tmp_path / f"cmpl-{other.new_name()}-0-1234abcd.safetensors"
+        own.touch()
+        other.sweep()
+        assert hidden_states(tmp_path) == {own.name}
+    (first, second) = tmp_path.glob("*.left")
+    os.utime(first, (0, 0))
+    OwnFiles(tmp_path).close()
+    assert second in set(tmp_path.glob("*.left")), "for a while, since the server may write yet"
+    assert not first.exists()
+
+
+def test_a_directory_that_nobody_may_write_to_is_named(tmp_path: Path) -> None:
+    with pytest.raises(TargetError, match=r"nowhere, where the engine writes hidden states"):
+        OwnFiles(tmp_path / "nowhere")
