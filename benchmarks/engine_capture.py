@@ -116,7 +116,8 @@ def start_plain(config: TargetConfig, program: EngineProgram) -> Started:
     else:
         words = ["sglang.launch_server", "--model-path", config.model, "--disable-radix-cache", "--skip-tokenizer-init"]
         words += ["--disable-cuda-graph"]  # as with capture: what hooks cost, not what graphs gain
-    command = [str(program.python), "-m", *words, *where, "--dtype", config.dtype, *write_flags(config.engine_args)]
+    flags = write_flags(config.engine_args, "no-" if config.engine == "vllm" else None)
+    command = [str(program.python), "-m", *words, *where, "--dtype", config.dtype, *flags]
     kind = ENGINES[config.engine]
     variables = {**child_environment(config, program, INSIDE), **kind.variables}
     calls = EngineCalls(kind.title, url)

@@ -1,4 +1,4 @@
-"""What runs inside engines' processes, without an engine: files of hidden states, and SGLang's hooks."""
+"""SGLang's hooks, without SGLang: which tokens of a batch are written, and what is said instead."""
 
 import sys
 import threading
@@ -23,30 +23,7 @@ def hooks(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     import paceline_sglang_hooks
 
     yield paceline_sglang_hooks
-    for name in ("paceline_sglang_hooks", "paceline_tensor_files"):
-        sys.modules.pop(name, None)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_a_file_reads_as_one_of_safetensors(hooks: ModuleType, tmp_path: Path, dtype: torch.dtype) -> None:
-    tensors = {
-        "hidden_states": torch.randn(3, 2, 5).to(dtype),
-        "token_ids": torch.arange(3),
-        "layer_ids": torch.tensor([0, 2]),
-    }
-    hooks.write_tensors(tmp_path / "a.safetensors", tensors)
-    read = load_file(tmp_path / "a.safetensors")
-    assert read.keys() == tensors.keys()
-    for name, tensor in tensors.items():
-        assert read[name].dtype == tensor.dtype
-        assert torch.equal(read[name], tensor)
-
-
-def test_a_file_that_cannot_be_written_leaves_nothing(hooks: ModuleType, tmp_path: Path) -> None:
-    (tmp_path / "a.safetensors").mkdir()
-    with pytest.raises(OSError, match=r"a\.safetensors"):
-        hooks.write_tensors(tmp_path / "a.safetensors", {"token_ids": torch.arange(3)})
-    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+    sys.modules.pop("paceline_sglang_hooks", None)
 
 
 class Batch(SimpleNamespace):
@@ -114,8 +91,8 @@ def test_a_hook_never_raises(hooks: ModuleType, tmp_path: Path, caplog: pytest.L
 def test_the_model_waits_for_files_that_are_slower(
     hooks: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write, gate = hooks.write_tensors, threading.Event()
-    monkeypatch.setattr(hooks, "write_tensors", lambda *words: gate.wait(30) and write(*words))
+    write, gate = hooks.save_file, threading.Event()
+    monkeypatch.setattr(hooks, "save_file", lambda *words: gate.wait(30) and write(*words))
     monkeypatch.setattr(hooks, "_MAX_WAITING_BYTES", 300)  # a batch has 160
     forward(hooks, tmp_path, (Batch(),))
     capture = hooks._capture(str(tmp_path), (0, 2), "paceline-")

@@ -76,7 +76,7 @@ class Scheduler:
         norm = self.reference.model.norm
         norm.register_forward_hook(lambda module, given, output: setattr(self, "before_norm", given[0]))
         self.model = ForCausalLM(self.reference.config.num_hidden_layers)
-        register(self.model, arguments.forward_hooks)
+        register(self.model, arguments.forward_hooks or [])
         self.chunk = arguments.chunked_prefill_size
         self.waiting: deque[SimpleNamespace] = deque()
         self.lock = threading.Lock()
@@ -151,7 +151,7 @@ def serve(arguments: argparse.Namespace) -> None:
                 reason = {"type": "abort", "message": "out of memory"}
                 self.answer(200, {"output_ids": [], "meta_info": {"finish_reason": reason}})
                 return
-            token = scheduler.run(body["rid"], body["input_ids"])
+            token = scheduler.run(body.get("rid", "unnamed"), body["input_ids"])
             self.answer(200, {"output_ids": [token], "meta_info": {"finish_reason": {"type": "length", "length": 1}}})
 
         def log_message(self, *_: object) -> None:

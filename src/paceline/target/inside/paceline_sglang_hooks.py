@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from paceline_tensor_files import write_tensors
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 _NUM_WRITERS = 4
@@ -139,14 +139,16 @@ class _Capture:
     def _write(self, part: _Part, kept: list[Tensor], copied: torch.cuda.Event | None) -> None:
         states, tokens = kept
         path = self._directory / f"{part.rid}.{part.first}.safetensors"
+        partial = path.with_name(f".{path.name}")
         try:
             if copied is not None:
                 copied.synchronize()
             rows = slice(part.start, part.end)
-            named = {"hidden_states": states[rows], "token_ids": tokens[rows], "layer_ids": self._layer_ids}
-            write_tensors(path, named)
+            save_file({"hidden_states": states[rows], "token_ids": tokens[rows], "layer_ids": self._layer_ids}, partial)
+            partial.replace(path)
         except Exception as error:
             logger.exception("hidden states of %s cannot be written", part.rid)
+            partial.unlink(missing_ok=True)
             self._tell(part, f"hidden states cannot be written to {path}: {error}")
 
     def _tell(self, part: _Part, fault: str) -> None:

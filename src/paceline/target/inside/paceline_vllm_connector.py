@@ -6,12 +6,9 @@ file holds. `_submit_async_write` is private to vLLM: it has been as it is here 
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 import torch
-from paceline_tensor_files import write_tensors
 from vllm.distributed.kv_transfer.kv_connector.v1.example_hidden_states_connector import (
     ExampleHiddenStatesConnector,
     PendingSave,
@@ -37,12 +34,7 @@ class HiddenStatesConnector(ExampleHiddenStatesConnector):
     ) -> None:
         draft = self._vllm_config.speculative_config.draft_model_config.hf_config
         layer_ids = torch.tensor(draft.eagle_aux_hidden_state_layer_ids, dtype=torch.int64)
-        try:
-            event.synchronize()
-            write_tensors(Path(filename), tensors | {"layer_ids": layer_ids})
-        finally:
-            if lock_fd is not None:
-                os.close(lock_fd)  # whoever waits for the file holds out for this lock
+        super()._write_tensors(tensors | {"layer_ids": layer_ids}, event, filename, lock_fd)
 
     def request_finished_all_groups(
         self, request: Any, block_ids: tuple[list[int], ...]
