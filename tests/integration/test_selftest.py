@@ -224,7 +224,7 @@ def test_a_reference_is_computed_of_soft_capped_scores_and_of_models_that_see_pi
         info, output = engine.info(), tmp_path / "r.safetensors"
         settings = {"model": str(path), "dtype": "float32", "device": "cpu", "output": str(output)}
         settings |= {"trust_remote_code": False, "quantised": False, "fingerprint": info.weight_fingerprint}
-        settings |= {"num_tokenizer_tokens": info.num_tokenizer_tokens, "num_positions": 0}
+        settings |= {"num_tokenizer_tokens": info.num_tokenizer_tokens, "num_positions": 0, "rounded_dtype": None}
         monkeypatch.setattr("sys.argv", ["reference", json.dumps(settings)])
         compute_reference()
         texts = build_texts(info.num_tokenizer_tokens)

@@ -38,7 +38,7 @@ def test_servers_that_start_together_compute_the_reference_once_and_clear_away_w
     tiny_target: Path, cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = TargetConfig(model=str(tiny_target), device="cpu", engine="vllm")
-    kept = cache_path(fingerprint_weights(tiny_target), "float32", build_texts(261, 4096))
+    kept = cache_path(fingerprint_weights(tiny_target), "float32", None, build_texts(261, 4096))
     cache.mkdir(parents=True)
     left, young = kept.with_name(f"{kept.name}.12345678.77"), kept.with_name(f"{kept.name}.87654321")
     for path in (left, young):

@@ -95,10 +95,13 @@ def prepare_selftest(config: TargetConfig, stop: threading.Event | None = None, 
             logger.warning("the self-test compares with other weights: those of %s", given.model)
         return SelfTest(texts, given, tolerance)
     device, dtype = _where_it_fits(checkpoint, config, _bytes_of_text(text_config, texts))
-    kept = cache_path(fingerprint, dtype, texts)
+    own_dtype = resolve_dtype(config, checkpoint)
+    rounded_dtype = own_dtype if dtype == "float32" != own_dtype else None
+    kept = cache_path(fingerprint, dtype, rounded_dtype, texts)
     settings = {
         "model": str(checkpoint),
         "dtype": dtype,
+        "rounded_dtype": rounded_dtype,
         "device": str(device),
         "trust_remote_code": config.trust_remote_code,
         "quantised": read_quantization(checkpoint) is not None,

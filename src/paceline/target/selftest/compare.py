@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from paceline.schema.features import Features
-from paceline.target.selftest.reference import Reference
+from paceline.target.selftest.reference import Reference, token_errors
 from paceline.target.selftest.texts import Capture, KnownTexts
 from paceline.target.selftest.tolerance import Tolerance
 
@@ -49,6 +49,10 @@ class Answer:
     features: Features
 
 
+_Errors = Callable[[Answer, What, int], tuple[Tensor, Tensor]]
+"""(answer, what, place in its row): errors and cosines [m] of the tokens that are compared."""
+
+
 class Comparison:
     """All answers of an engine against one reference.
 
@@ -68,17 +72,26 @@ class Comparison:
         limits: Tolerance,
     ) -> None:
         self.texts, self.reference, self.answers, self.limits = texts, reference, answers, limits
+        self._limits: dict[What, Tolerance] = {}
         last = reference.layers.shape[1]
         # Of the last layer there is a reference only where the final norm was found.
         known = [layer for layer in layers if layer < last or reference.before_norm is not None]
         self.whats: list[What] = [*known, "final hidden"]
-        self.distances = [distance for what in self.whats for distance in self._distances(what)]
+        self.distances = [distance for what in self.whats for distance in self._distances(what, self._errors)]
 
-    def _distances(self, what: What) -> Iterator[Distance]:
+    def limits_of(self, what: What) -> Tolerance:
+        """The limits, wider where transformers' own rounding makes as much of this layer."""
+        if what not in self._limits:
+            roundings = [] if self.reference.rounding is None else self._distances(what, self._roundings)
+            worst = max((one.relative for one in roundings), default=0.0)
+            self._limits[what] = self.limits.widened(worst)
+        return self._limits[what]
+
+    def _distances(self, what: What, errors: _Errors) -> Iterator[Distance]:
         together: dict[tuple[int, bool, bool], list[_Piece]] = {}
         for answer in self.answers:
             for place, document in enumerate(answer.capture.documents):
-                piece = _Piece(document, answer.capture, 0, *self._errors(answer, what, place))
+                piece = _Piece(document, answer.capture, 0, *errors(answer, what, place))
                 text = self.texts.documents[document]
                 if self.limits.routed and text.is_short:
                     key = (len(text.tokens), answer.capture.alone, answer.capture.again)
@@ -92,6 +105,14 @@ class Comparison:
 
     def _errors(self, answer: Answer, what: What, place: int) -> tuple[Tensor, Tensor]:
         return _token_errors(self.received(answer, what, place), self.expected(what, answer.capture.documents[place]))
+
+    def _roundings(self, answer: Answer, what: What, place: int) -> tuple[Tensor, Tensor]:
+        """As `_errors`, of transformers in the engine's data type; cosines follow from them."""
+        assert self.reference.rounding is not None, "the caller looked"
+        document = answer.capture.documents[place]
+        rows = slice(*self.texts.bounds[document : document + 2].tolist())
+        errors = self.reference.rounding[rows, -1 if what == "final hidden" else what]
+        return errors, 1 - errors.square() / 2
 
     def expected(self, what: What, document: int) -> Tensor:
         """[m, H] of the tokens that are compared."""
@@ -228,17 +249,18 @@ def _median(errors: Tensor, cosines: Tensor) -> tuple[float, float]:
 
 def diagnose(comparison: Comparison) -> str | None:
     """What is wrong, in words; None if nothing is."""
-    longest, limits = comparison.texts.main, comparison.limits
+    longest = comparison.texts.main
     for what in comparison.whats:
+        limits = comparison.limits_of(what)
         # However wide the limits are: what was asked for must be what is nearest.
         nearest = comparison.nearest(what, longest)
         received = comparison.received(comparison.alone(longest), what, 0)
         found = _distance_of(received, comparison.expected(nearest, longest))
         if nearest != what and limits.allows(*found) and not _alike(comparison, what, nearest, longest, limits):
             return f"{name_of(what)} asked, {_origin(comparison, nearest)} received (off by {found[0]:.3g}; {limits})"
-    bad = [one for one in comparison.distances if not limits.allows(one.relative, one.cosine)]
+    bad = [one for one in comparison.distances if not comparison.limits_of(one.what).allows(one.relative, one.cosine)]
     if bad:
-        return _wrong_states(comparison, bad, longest, limits)
+        return _wrong_states(comparison, bad, longest)
     wrong, compared = comparison.wrong_tokens()
     if wrong:
         return (
@@ -256,8 +278,9 @@ def _origin(comparison: Comparison, what: What) -> str:
     return f"layer {what}'s output"
 
 
-def _wrong_states(comparison: Comparison, bad: Sequence[Distance], longest: int, limits: Tolerance) -> str:
+def _wrong_states(comparison: Comparison, bad: Sequence[Distance], longest: int) -> str:
     worst = max(bad, key=_badness)
+    limits = comparison.limits_of(worst.what)
     figures = (
         f"{name_of(worst.what)} of {comparison.place_of(worst)!r} ({worst.capture}) is off by {worst.relative:.3g}, "
         f"cosine {worst.cosine:.4f}; {limits}"
@@ -305,10 +328,9 @@ def _distance_of(received: Tensor, expected: Tensor) -> tuple[float, float]:
 
 
 def _token_errors(received: Tensor, expected: Tensor) -> tuple[Tensor, Tensor]:
-    """(relative errors, cosines), of each token: the first one's states may be a thousand times as large as others'."""
-    mine, theirs = received.float(), expected.float()
-    errors = (mine - theirs).norm(dim=-1) / theirs.norm(dim=-1).clamp(min=1e-12)
-    return errors, torch.nn.functional.cosine_similarity(mine, theirs, dim=-1)
+    """(relative errors, cosines), of each token."""
+    cosines = torch.nn.functional.cosine_similarity(received.float(), expected.float(), dim=-1)
+    return token_errors(received, expected), cosines
 
 
 def _badness(one: Distance | tuple[float, float]) -> float:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ from paceline.target.selftest.texts import KnownTexts, build_texts
 _NUM_TOP = 16
 _ATTENTION = "eager"
 """It does all that a model asks for: sdpa of transformers 5.17 leaves out the soft cap of Gemma 2's scores."""
-_TENSORS = ("layers", "final_hidden", "before_norm", "top_ids", "top_logits", "logit_spread")
+_OBSERVED = ("layers", "final_hidden", "before_norm", "top_ids", "top_logits", "logit_spread")
+_TENSORS = (*_OBSERVED, "rounding")
 _NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
 """Names of a decoder's last norm."""
 
@@ -50,6 +52,10 @@ class Reference:
     """fp32[T, 16]: their logits."""
     logit_spread: Tensor
     """fp32[T]: standard deviation of all logits."""
+    rounding: Tensor | None
+    """fp32[T, N + 1]: how far transformers itself is from this, relatively, when it computes in the data type of the
+    engine: layers 0..N-1, final hidden. NaN where the output of layer N-1 is not known; None where this is in that data
+    type."""
     model: str
     """Name of the target."""
     fingerprint: str
@@ -81,7 +87,8 @@ def load_reference(path: Path, fingerprint: str | None, texts: KnownTexts) -> Re
         with safe_open(path, "pt") as file:
             facts = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
-        reference = Reference(before_norm=tensors.pop("before_norm", None), **tensors, **facts)
+        absent = {name: tensors.pop(name, None) for name in ("before_norm", "rounding")}
+        reference = Reference(**absent, **tensors, **facts)
     except (OSError, SafetensorError, TypeError) as error:
         raise TargetError(f"the self-test's reference {path} cannot be read: {error}") from error
     for what, theirs, ours in (
@@ -104,7 +111,7 @@ def observe(model: PreTrainedModel, texts: KnownTexts, fingerprint: str) -> Refe
     a few classes before it: what the norm itself says counts, where it is found).
     """
     device = next(model.parameters()).device
-    seen: dict[str, list[Tensor]] = {name: [] for name in _TENSORS}
+    seen: dict[str, list[Tensor]] = {name: [] for name in _OBSERVED}
     with _final_norm(model) as norm:
         for text in texts.documents:
             tokens = torch.from_numpy(text.tokens).long()[None].to(device)
@@ -123,6 +130,7 @@ def observe(model: PreTrainedModel, texts: KnownTexts, fingerprint: str) -> Refe
     tensors = {name: torch.cat(parts) if parts else None for name, parts in seen.items()}
     return Reference(
         **tensors,  # type: ignore[arg-type]  # before_norm alone may be None
+        rounding=None,
         model=str(model.config._name_or_path),  # noqa: SLF001  # transformers has no other name for it
         fingerprint=fingerprint,
         text_hash=texts.text_hash(),
@@ -130,14 +138,32 @@ def observe(model: PreTrainedModel, texts: KnownTexts, fingerprint: str) -> Refe
     )
 
 
+def token_errors(received: Tensor, expected: Tensor) -> Tensor:
+    """fp32[m] of [m, H]: relative, of each token, since the first one's states may be a thousand times as large."""
+    mine, theirs = received.float(), expected.float()
+    errors: Tensor = (mine - theirs).norm(dim=-1) / theirs.norm(dim=-1).clamp(min=1e-12)
+    return errors
+
+
+def add_rounding(exact: Reference, rounded: Reference) -> Reference:
+    """`exact` with how far `rounded` is from it, which is the same model in another data type."""
+    columns = [token_errors(rounded.layers[:, i], exact.layers[:, i]) for i in range(exact.layers.shape[1])]
+    if exact.before_norm is None or rounded.before_norm is None:
+        columns.append(torch.full((len(exact.final_hidden),), torch.nan))
+    else:
+        columns.append(token_errors(rounded.before_norm, exact.before_norm))
+    columns.append(token_errors(rounded.final_hidden, exact.final_hidden))
+    return replace(exact, rounding=torch.stack(columns, 1))
+
+
 def _rows(states: Tensor, places: Tensor) -> Tensor:
     """[m, H] on the CPU, of the only document."""
     return states[0, places.to(states.device)].cpu()
 
 
-def cache_path(fingerprint: str, dtype: str, texts: KnownTexts) -> Path:
-    """Where a reference is kept: one for each of weights, dtype, texts and version of transformers."""
-    key = "-".join((fingerprint, dtype, texts.text_hash(), transformers.__version__, _ATTENTION))
+def cache_path(fingerprint: str, dtype: str, rounded_dtype: str | None, texts: KnownTexts) -> Path:
+    """Where a reference is kept: one for each of weights, data types, texts and version of transformers."""
+    key = "-".join((fingerprint, dtype, str(rounded_dtype), texts.text_hash(), transformers.__version__, _ATTENTION))
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return home / "paceline" / "selftest" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
 
@@ -171,12 +197,22 @@ def _loader(model: str, trust_remote_code: bool) -> type:
 def main() -> None:
     """A process of its own, since a GPU may not hold two models: settings as JSON in, a file out."""
     settings = json.loads(sys.argv[1])
+    texts = build_texts(settings["num_tokenizer_tokens"], settings["num_positions"])
+    reference = observe(_load(settings, settings["dtype"]), texts, settings["fingerprint"])
+    if settings["rounded_dtype"] is not None:
+        gc.collect()  # the first model is gone before the second is there
+        rounded = observe(_load(settings, settings["rounded_dtype"]), texts, settings["fingerprint"])
+        reference = add_rounding(reference, rounded)
+    reference.save(Path(settings["output"]))
+
+
+def _load(settings: Mapping[str, Any], dtype: str) -> PreTrainedModel:
     # transformers' types leave out what output_loading_info returns
     loader: Any = _loader(settings["model"], settings["trust_remote_code"])
     model, report = loader.from_pretrained(
         settings["model"],
         output_loading_info=True,
-        dtype=settings["dtype"],
+        dtype=dtype,
         attn_implementation=_ATTENTION,
         trust_remote_code=settings["trust_remote_code"],
         device_map={"": settings["device"]} if settings["quantised"] else None,
@@ -185,8 +221,8 @@ def main() -> None:
         sys.exit(f"{settings['model']} lacks {sorted(report['missing_keys'])[:3]}")
     if not settings["quantised"]:
         model.to(settings["device"])
-    texts = build_texts(settings["num_tokenizer_tokens"], settings["num_positions"])
-    observe(model.eval(), texts, settings["fingerprint"]).save(Path(settings["output"]))
+    loaded: PreTrainedModel = model.eval()
+    return loaded
 
 
 if __name__ == "__main__":

@@ -37,6 +37,8 @@ class SelfTestLine:
     text: str
     """Which document in which capture was the worst."""
     works: bool
+    limit: float
+    """Of `relative`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +78,15 @@ class SelfTestResult:
             *unproven,
             f"greedy tokens: {self.num_wrong_tokens} of {self.num_judged_tokens} wrong; repeats: {repeats}",
             f"{self.tolerance}; transformers in {self.reference_dtype}",
+            *self._wider(),
         ]
+
+    def _wider(self) -> list[str]:
+        limits = {line.name: line.limit for line in self.lines if line.limit > self.tolerance.relative}
+        if not limits:
+            return []
+        shown = ", ".join(f"{name} {limit:.3g}" for name, limit in limits.items())
+        return [f"wider, twice what transformers' own rounding makes of this target: {shown}"]
 
 
 def run_selftest(
@@ -109,7 +119,8 @@ def run_selftest(
             one.relative,
             one.cosine,
             f"{comparison.place_of(one)}, {one.capture}",
-            tolerance.allows(one.relative, one.cosine),
+            comparison.limits_of(one.what).allows(one.relative, one.cosine),
+            comparison.limits_of(one.what).relative,
         )
         for one in worst
     ]

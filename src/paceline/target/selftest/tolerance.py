@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -25,6 +25,17 @@ class Tolerance:
         """Whether an engine may be so far away; false for NaN."""
         return relative <= self.relative and cosine >= self.cosine
 
+    def widened(self, rounding: float) -> Tolerance:
+        """For a target of which transformers' own rounding, in the same data type, is off by `rounding`: twice that.
+
+        Random weights and some trained ones make more of a rounding than most do. NaN changes nothing.
+        """
+        relative = min(_ROUNDINGS * rounding, _WIDEST)
+        if not relative > self.relative:
+            return self
+        # 1 - cosine grows with the square of the relative error.
+        return replace(self, relative=relative, cosine=1 - (relative / self.relative) ** 2 * (1 - self.cosine))
+
     def __str__(self) -> str:
         return f"compared within {self.relative:.3g} and cosine {self.cosine:.6g}: {self.name}"
 
@@ -35,6 +46,8 @@ _DTYPES = {
     # Engines differ from fp32 by 0.9-1.6e-2 after 36 layers, transformers' own bf16 by 1.2-2.0e-2.
     "bfloat16": Tolerance("bfloat16", 3e-2, 0.999),
 }
+_ROUNDINGS, _WIDEST = 2.0, 0.2
+"""Two that compute in one data type differ from each other by 1.4 times their own roundings."""
 _EXPERTS = 2.0
 """Rounding sends a token to another expert now and then."""
 _WEIGHT_BITS = {8: (0.2, 0.98), 4: (0.35, 0.93)}

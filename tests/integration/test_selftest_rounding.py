@@ -1,0 +1,94 @@
+"""The self-test on a target that makes much of rounding: judged by what transformers itself is off there."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+from paceline.config.target import TargetConfig
+from paceline.launch.selftest import SelfTest, prepare_selftest
+from paceline.target.hf.engine import HFEngine
+from paceline.target.selftest.run import SelfTestResult, run_selftest
+from paceline.target.selftest.tolerance import choose_tolerance
+from tiny import save_tiny_target
+from wrong_engines import (
+    Change,
+    WrongEngine,
+    before_the_norm,
+    documents_see_each_other,
+    layer_before,
+    next_layer,
+    shared_prefix_cache,
+    shifted_by_one,
+    stale_prefix_cache,
+)
+
+LAYERS = (1, 6, 10)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> TargetConfig:
+    directory = tmp_path_factory.mktemp("rounding")
+    target = save_tiny_target(
+        directory / "target", hidden_size=64, intermediate_size=128, num_hidden_layers=12, max_position_embeddings=1024
+    )
+    return TargetConfig(model=str(target), device="cpu", dtype="bfloat16", documents="padded")
+
+
+@pytest.fixture(scope="module")
+def test(config: TargetConfig, tmp_path_factory: pytest.TempPathFactory) -> SelfTest:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        return prepare_selftest(config)
+
+
+@pytest.fixture(scope="module")
+def engine(config: TargetConfig) -> Iterator[HFEngine]:
+    with contextlib.closing(HFEngine(config)) as engine:
+        yield engine
+
+
+def result_of(test: SelfTest, engine: object) -> SelfTestResult:
+    return run_selftest(engine, test.texts, test.reference, LAYERS, test.tolerance)  # type: ignore[arg-type]
+
+
+def test_a_right_engine_passes_where_fixed_limits_would_refuse_it(test: SelfTest, engine: HFEngine) -> None:
+    assert test.reference.rounding is not None
+    assert test.reference.rounding.shape == (len(test.reference.final_hidden), 13)
+    result = result_of(test, engine)
+    assert result.problem is None
+    assert "wider, twice what transformers' own rounding makes of this target: layer 6" in result.describe()[-1]
+    fixed = result_of(replace(test, reference=replace(test.reference, rounding=None)), engine)
+    assert fixed.problem is not None, "the premise: rounding alone is more than the limits of other targets"
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (next_layer, "layer 1 asked, layer 2's output received"),
+        (layer_before, "asked, layer .* output received"),
+        (before_the_norm, "before the final norm, received"),
+        (shifted_by_one, "tokens are shifted by one"),
+        (documents_see_each_other, "documents of a row see each other"),
+        (stale_prefix_cache, "a cache of prefixes"),
+        (shared_prefix_cache, "a cache of prefixes"),
+    ],
+)
+def test_wrong_engines_are_found_within_the_wider_limits(
+    test: SelfTest, engine: HFEngine, change: Change, problem: str
+) -> None:
+    with pytest.raises(Exception, match=problem):
+        result_of(test, WrongEngine(engine, change)).check("engine")
+
+
+def test_limits_grow_with_the_rounding_and_no_further_than_those_of_8_bits() -> None:
+    plain = choose_tolerance("bfloat16")
+    assert plain.widened(0.01) is plain
+    assert plain.widened(math.nan) is plain
+    wide = plain.widened(0.03)
+    assert (wide.relative, wide.cosine) == (pytest.approx(0.06), pytest.approx(0.996))
+    assert plain.widened(5.0).relative == 0.2
