@@ -21,6 +21,7 @@ import os
 import shutil
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +31,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 
 from disaggregation import finish, remote_servers, row_at, serve, stream_from
 from paceline.client.remote import RemoteConnection
@@ -40,7 +42,7 @@ from paceline.schema.features import FeatureSpec
 from paceline.schema.rows import RowRequest
 from paceline.target.engines.flags import parse_flags, write_flags
 from paceline.target.engines.http_calls import ENGINE_KEY, EngineCalls
-from paceline.target.engines.interface import INSIDE, EngineAddress
+from paceline.target.engines.interface import INSIDE, DocumentServer, EngineAddress
 from paceline.target.engines.process import EngineProcess, private_directory
 from paceline.target.engines.programs import EngineProgram, child_environment, find_program, free_port
 from paceline.target.engines.starting import is_ready, start_engine
@@ -77,7 +79,7 @@ class Started:
     name: str
     process: EngineProcess
     is_ready: Callable[[], bool]
-    connect: Callable[[], Send]
+    connect: Callable[[], Send | AnswerTimes]
     """Once it is ready."""
     address: EngineAddress | None = None
     """Of one that captures."""
@@ -88,11 +90,67 @@ def documents(arguments: argparse.Namespace) -> list[np.ndarray]:
     return [draw.integers(10, arguments.vocab, arguments.tokens, dtype=np.int32) for _ in range(arguments.documents)]
 
 
-def measure(ways: dict[str, Send], arguments: argparse.Namespace, results: Results) -> dict[str, float]:
+class AnswerTimes:
+    """Of a capture: how long its answer took, beside how long all of it did; the rest is its files."""
+
+    def __init__(self, server: DocumentServer) -> None:
+        self.answered_s: list[float] = []
+        self.captured_s: list[float] = []
+        # The time of an answer is nobody's business but a benchmark's.
+        self._server, calls = server, server._calls  # type: ignore[attr-defined]  # noqa: SLF001
+        self._call, calls.call = calls.call, self._timed_call
+
+    def capture(self, tokens: np.ndarray) -> object:
+        begin = time.perf_counter()
+        captured = self._server.capture(tokens)
+        self.captured_s.append(time.perf_counter() - begin)
+        return captured
+
+    def record(self, results: Results) -> None:
+        answered, captured = statistics.median(self.answered_s), statistics.median(self.captured_s)
+        results.record("a captured document", answered_s=answered, read_s=captured - answered)
+        self.answered_s.clear()
+        self.captured_s.clear()
+
+    def _timed_call(self, *words: Any) -> Any:
+        begin = time.perf_counter()
+        answer = self._call(*words)
+        self.answered_s.append(time.perf_counter() - begin)
+        return answer
+
+
+def host_paths(arguments: argparse.Namespace, results: Results) -> None:
+    """What the way of hidden states is limited by: from the device to pinned memory, and into files of /dev/shm."""
+    num_bytes = arguments.tokens * (len(arguments.layers) + 1) * 4096 * 2
+    host = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+    if torch.cuda.is_available():
+        device = torch.empty(4 * num_bytes, dtype=torch.uint8, device=arguments.device)
+        pinned = torch.empty(4 * num_bytes, dtype=torch.uint8, pin_memory=True)
+        for _ in range(3):
+            begin = time.perf_counter()
+            pinned.copy_(device)
+            results.record("device to host", gb_per_s=4 * num_bytes / 1e9 / (time.perf_counter() - begin))
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
+
+        def write(number: int) -> None:
+            path = Path(directory) / f"{number}.safetensors"
+            save_file({"hidden_states": host}, path)
+            load_file(path)["hidden_states"].sum()
+            path.unlink()
+
+        for num_threads in (1, 4):
+            with ThreadPoolExecutor(num_threads) as pool:
+                begin = time.perf_counter()
+                list(pool.map(write, range(16)))
+                rate = 16 * num_bytes / 1e9 / (time.perf_counter() - begin)
+            results.record("files written, read, removed", num_threads=num_threads, gb_per_s=rate)
+
+
+def measure(ways: dict[str, Send], arguments: argparse.Namespace, results: Results, in_flight: int) -> dict[str, float]:
     """Median tokens/s of some rounds of all documents; the ways take turns, and the first round is not counted."""
     sent = documents(arguments)
     rates: dict[str, list[float]] = {name: [] for name in ways}
-    with ThreadPoolExecutor(arguments.in_flight) as pool:
+    with ThreadPoolExecutor(in_flight) as pool:
         for round_ in range(arguments.repeats + 1):
             for name, send in ways.items():
                 begin = time.perf_counter()
@@ -138,7 +196,9 @@ def start_plain(config: TargetConfig, program: EngineProgram) -> Started:
 def start_captured(config: TargetConfig, program: EngineProgram, layers: tuple[int, ...]) -> Started:
     kind = ENGINES[config.engine]
     process, address = start_engine(kind, config, program, Path(config.model), layers)
-    return Started("capture", process, lambda: is_ready(kind, address), lambda: kind.connect(address).capture, address)
+    return Started(
+        "capture", process, lambda: is_ready(kind, address), lambda: AnswerTimes(kind.connect(address)), address
+    )
 
 
 @contextlib.contextmanager
@@ -229,9 +289,27 @@ def with_transformers(config: TargetConfig, arguments: argparse.Namespace, resul
             return engine.capture(row, spec).result()
 
         fewer = argparse.Namespace(**vars(arguments) | {"documents": max(1, arguments.documents // per_row)})
-        rate = measure({"hf, one document of each row": send}, fewer, results).popitem()[1] * per_row
+        rate = measure({"hf, one document of each row": send}, fewer, results, in_flight=4).popitem()[1] * per_row
         results.record("hf", tokens_per_s=rate, documents_per_row=per_row)
         return rate
+
+
+def measure_servers(
+    started: list[Started], arguments: argparse.Namespace, results: Results, rates: dict[tuple[str, int], float]
+) -> None:
+    """Each number of documents in flight; adds to `rates`, by way and number."""
+    clients = {one.name: one.connect() for one in started}
+    ways = {name: one.capture if isinstance(one, AnswerTimes) else one for name, one in clients.items()}
+    for in_flight in arguments.in_flight:
+        results.say(f"{in_flight} documents in flight")
+        measured = measure(ways, arguments, results, in_flight)
+        rates |= {(name, in_flight): rate for name, rate in measured.items()}
+        for one in clients.values():
+            if isinstance(one, AnswerTimes):
+                one.record(results)
+        both = [rates.get((name, in_flight)) for name in ("capture", "plain")]
+        if all(both):
+            results.record("capture against plain", in_flight=in_flight, share=both[0] / both[1])
 
 
 def parse_arguments(words: list[str]) -> argparse.Namespace:
@@ -246,7 +324,7 @@ def parse_arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--vocab", type=int, default=150_000)
     parser.add_argument("--tokens", type=int, default=2048, help="of a document")
     parser.add_argument("--documents", type=int, default=64)
-    parser.add_argument("--in-flight", type=int, default=16)
+    parser.add_argument("--in-flight", nargs="+", type=int, default=[16, 32])
     parser.add_argument("--row-tokens", type=int, default=8192, help="of rows")
     parser.add_argument("--share", type=float, default=0.6, help="supervised share of every document of fetched rows")
     parser.add_argument("--prefetch", type=int, default=8, help="rows asked for ahead")
@@ -258,7 +336,7 @@ def parse_arguments(words: list[str]) -> argparse.Namespace:
         "--selftest-reference", help="a file of `paceline doctor --save-reference`: test the engine, too"
     )
     parser.add_argument("--out", type=Path, help="JSON lines; logs are kept beside it")
-    parser.add_argument("--what", nargs="+", default=["plain", "capture", "rows", "hf"])
+    parser.add_argument("--what", nargs="+", default=["host", "plain", "capture", "rows", "hf"])
     return parser.parse_args(words)
 
 
@@ -278,12 +356,12 @@ def main() -> None:
     )
     program = find_program(config, ENGINES[config.engine].packages)
     servers = [name for name in ("plain", "capture") if name in arguments.what]
-    rates: dict[str, float] = {}
+    rates: dict[tuple[str, int], float] = {}
+    if "host" in arguments.what:
+        host_paths(arguments, results)
     for names in [servers] if arguments.side_by_side else [[name] for name in servers]:
         with running(names, config, program, arguments, results) as started:
-            rates |= measure({one.name: one.connect() for one in started}, arguments, results)
-            if len(rates) == 2:
-                results.record("capture against plain", share=rates["capture"] / rates["plain"])
+            measure_servers(started, arguments, results, rates)
             address = started[-1].address
             if address is not None and "rows" in arguments.what:
                 try:
