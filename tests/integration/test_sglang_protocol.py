@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from contract.test_engine_contract import (  # noqa: F401  # collected here too, on this engine
     EVERYTHING,
+    check_against,
     test_a_cancelled_row_is_skipped,
     test_a_wrong_request_fails_alone,
     test_features_equal_transformers_eager,
@@ -117,6 +118,16 @@ def test_chunks_of_a_document_are_joined_and_their_files_removed(engine: Documen
                     features.hidden[start:end, slot], expected[layer + 1][0], rtol=1e-4, atol=1e-4
                 )
     assert hidden_states(server) == []
+
+
+def test_a_server_that_runs_already_is_reached_by_its_url(tiny_target: Path, server: EngineAddress, reference):
+    where = {"engine_url": server.url, "engine_directory": str(server.directory), "engine_args": {}}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PACELINE_ENGINE_KEY", server.key)
+        with open_engine(target_config(tiny_target, **where)) as engine:
+            row = tiny_request((20, 9), seed=4)
+            check_against(reference, row, engine.capture(row, EVERYTHING).result(60))
+    assert is_ready(SGLANG, server), "it is somebody else's"
 
 
 def test_requests_of_others_are_not_written(server: EngineAddress):

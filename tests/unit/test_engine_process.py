@@ -426,6 +426,14 @@ def test_whoever_asks_hears_of_an_engine_that_ends_while_it_serves() -> None:
     assert time.monotonic() - begin < 1
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_versions_that_count_as_tried_are_in_the_table_of_tried_versions(engine: str) -> None:
+    kind = ENGINES[engine]
+    page = (Path(__file__).parents[2] / "docs" / "engines.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith(f"| {kind.title} |")]
+    assert {row.split("|")[2].split()[0] for row in rows} == set(kind.tried)
+
+
 def test_a_version_that_was_never_tried_is_named_before_it_starts(
     tiny_target: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
