@@ -1,5 +1,6 @@
 """SGLang's hooks, without SGLang: which tokens of a batch are written, and what is said instead."""
 
+import re
 import sys
 import threading
 from collections.abc import Iterator
@@ -69,6 +70,59 @@ def test_a_batch_that_only_a_module_further_out_is_given_is_written_there(hooks:
     assert settle(hooks, tmp_path) == ["paceline-1.7.safetensors"]
 
 
+def test_a_batch_that_is_handed_over_by_name_is_written_from_the_second_on(hooks: ModuleType, tmp_path: Path) -> None:
+    """SGLang's first is its own, of its warm-up."""
+
+    class Body(nn.Module):
+        def forward(self, forward_batch: Batch) -> None:
+            for layer in LAYERS:
+                hook = hooks.build_hook({**config, "layer": layer})
+                hook(nn.Identity(), (), (torch.full((5, 4), float(layer)), torch.ones(5, 4)))
+
+    config = {"directory": str(tmp_path), "layers": LAYERS, "prefix": "paceline-"}
+    body = Body()
+    body.register_forward_hook(hooks.build_hook({**config, "layer": None}))
+    body(forward_batch=Batch())
+    later = Batch()
+    later.rids = ["paceline-2", "another"]
+    body(forward_batch=later)
+    assert settle(hooks, tmp_path) == ["paceline-2.0.safetensors"]
+    body = load_file(tmp_path / "paceline-2.0.safetensors")
+    assert body["hidden_states"][:, :, 0].tolist() == [[1.0, 3.0]] * 2
+
+
+def test_a_sum_beside_an_older_residual_is_taken_alone(hooks: ModuleType, tmp_path: Path) -> None:
+    class CohereDecoderLayer(nn.Module):
+        pass
+
+    config = {"directory": str(tmp_path), "layers": LAYERS, "prefix": "paceline-"}
+    for layer in LAYERS:
+        output = (torch.full((5, 4), float(layer)), torch.ones(5, 4))
+        hooks.build_hook({**config, "layer": layer})(CohereDecoderLayer(), (), output)
+    hooks.build_hook({**config, "layer": None})(nn.Identity(), (Batch(),), None)
+    assert settle(hooks, tmp_path) == ["paceline-1.7.safetensors"]
+    assert load_file(tmp_path / "paceline-1.7.safetensors")["hidden_states"][:, :, 0].tolist() == [[0.0, 2.0]] * 3
+
+
+@pytest.mark.parametrize(
+    ("outputs", "fault"),
+    [
+        ([(torch.ones(3, 4), torch.ones(3, 4))] * 2, "layers end with 3 states for a batch of 5 tokens"),
+        ([(torch.ones(5, 4), torch.ones(2, 4))] * 2, r"layer 2's output is \[5, 4\] beside \[2, 4\]"),
+        ([(torch.ones(5, 4), torch.ones(5, 4)), (torch.ones(3, 4), None)], r"layer 2's output is \[3, 4\], where"),
+    ],
+)
+def test_states_that_are_spread_over_gpus_are_refused_in_words(
+    hooks: ModuleType, tmp_path: Path, outputs: list[tuple[torch.Tensor, torch.Tensor | None]], fault: str
+) -> None:
+    config = {"directory": str(tmp_path), "layers": LAYERS, "prefix": "paceline-"}
+    for layer, output in zip(LAYERS, outputs, strict=True):
+        hooks.build_hook({**config, "layer": layer})(nn.Identity(), (), output)
+    hooks.build_hook({**config, "layer": None})(nn.Identity(), (Batch(),), None)
+    assert settle(hooks, tmp_path) == ["paceline-1.error"]
+    assert re.search(fault, (tmp_path / "paceline-1.error").read_text())
+
+
 def test_batches_that_decode_are_not_written(hooks: ModuleType, tmp_path: Path) -> None:
     forward(hooks, tmp_path, (Batch(extend=False),))
     assert settle(hooks, tmp_path) == []
@@ -85,7 +139,7 @@ def test_a_hook_never_raises(hooks: ModuleType, tmp_path: Path, caplog: pytest.L
     hooks._capture(str(tmp_path / "missing"), (0, 2), "paceline-")._writers.shutdown()
     hooks.build_hook({"directory": str(tmp_path), "layers": LAYERS, "prefix": "", "layer": 0})(nn.Identity(), (), None)
     assert "cannot be written" in caplog.text
-    assert "hidden states of a batch are lost" in caplog.text
+    assert "the hidden states of layer 0 cannot be kept" in caplog.text
 
 
 def test_the_model_waits_for_files_that_are_slower(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,14 @@ from torch import Tensor, nn
 _NUM_WRITERS = 4
 _MAX_WAITING_BYTES = 2 << 30
 """Of states on their way into files; the model waits for the files beyond that."""
+_WHOLE = frozenset(
+    {
+        *("CohereDecoderLayer", "Exaone4DecoderLayer", "Lfm2DecoderLayer", "Lfm2MoeDecoderLayer"),
+        *("PhiMoEDecoderLayer", "StablelmDecoderLayer"),
+        *("GraniteMoeHybridAttentionDecoderLayer", "GraniteMoeHybridMambaDecoderLayer"),
+    }
+)
+"""Layers of SGLang 0.5.14 that return the sum, and beside it a residual that is in it already."""
 
 Hook = Callable[[nn.Module, tuple[Any, ...], Any], None]
 logger = logging.getLogger(__name__)
@@ -54,11 +62,20 @@ class _Capture:
         self._room = threading.Condition()
         self._waiting_bytes = 0
 
-    def take(self, layer: int, output: Any) -> None:
-        """One layer's output: (hidden, residual), of which the next layer would compute the sum, or the sum itself."""
-        hidden, residual = output if isinstance(output, tuple) and len(output) > 1 else (output, None)
-        if isinstance(hidden, tuple):
-            (hidden,) = hidden
+    def take(self, layer: int, output: Any, whole: bool) -> None:
+        """One layer's output: (hidden, residual), of which the next layer would compute the sum, or the sum itself.
+
+        Args:
+            whole: the sum is there already, whatever is beside it.
+        """
+        try:
+            self._take(layer, output, whole)
+        except Exception as error:  # no memory: those who wait for the states must hear of it
+            logger.exception("the hidden states of layer %d cannot be kept", layer)
+            self._fault = f"layer {layer}'s output cannot be kept: {type(error).__name__}: {error}"
+
+    def _take(self, layer: int, output: Any, whole: bool) -> None:
+        hidden, residual, *_ = (*output, None) if isinstance(output, tuple) else (output, None)
         if getattr(hidden, "_sglang_needs_allreduce_fusion", False):
             self._fault = (
                 f"layer {layer}'s output is not summed over GPUs when it ends: start SGLang with "
@@ -68,14 +85,22 @@ class _Capture:
             self._taken.clear()
             self._states = hidden.new_empty(hidden.shape[0], len(self._slots), hidden.shape[-1])
         slot = self._states[:, self._slots[layer]]
+        if hidden.shape != slot.shape or not (residual is None or whole or residual.shape == hidden.shape):
+            beside = "" if residual is None else f" beside {list(residual.shape)}"
+            self._fault = (
+                f"layer {layer}'s output is {list(hidden.shape)}{beside}, where {list(slot.shape)} were expected: "
+                "options of SGLang that spread tokens over GPUs (--moe-a2a-backend, --moe-dense-tp-size), or a model "
+                "with other states, for which there is no capture"
+            )
+            return
         # Now: the next layer's norm writes into both.
-        if residual is None:
+        if residual is None or whole:
             slot.copy_(hidden)
         else:
             torch.add(hidden, residual, out=slot)
         self._taken.add(layer)
 
-    def finish(self, arguments: tuple[Any, ...]) -> None:
+    def finish(self, arguments: Iterable[Any]) -> None:
         """All layers of a batch were computed; `arguments` are those of the module around them."""
         batch = next((one for one in arguments if hasattr(one, "extend_seq_lens_cpu")), None)
         if batch is None:  # a module further out may be given it
@@ -83,24 +108,44 @@ class _Capture:
         states, self._states = self._states, None
         taken, self._taken = self._taken, set()
         fault, self._fault = self._fault, ""
-        if states is None or not batch.forward_mode.is_extend():
+        if (states is None and not fault) or not batch.forward_mode.is_extend():
             return
         parts = list(_parts(batch, self._prefix))
         if not parts:
             return
-        if missing := sorted(set(self._slots) - taken):
+        if not fault and (missing := sorted(set(self._slots) - taken)):
             fault = f"layers {missing} were not computed by modules of their names"
+        if not fault and states is not None:
+            fault = self._give(parts, states, batch.input_ids)
         if fault:
             for part in parts:
                 self._tell(part, fault)
-            return
+
+    def _give(self, parts: list[_Part], states: Tensor, tokens: Tensor) -> str:
+        """To the writers, once they have room; or what is wrong."""
+        if len(states) < parts[-1].end:
+            return (
+                f"layers end with {len(states)} states for a batch of {parts[-1].end} tokens or more: options of "
+                "SGLang spread tokens over GPUs (--moe-a2a-backend, --moe-dense-tp-size)"
+            )
         num_bytes = states.numel() * states.element_size()
         with self._room:
             self._room.wait_for(
                 lambda: self._waiting_bytes + num_bytes <= _MAX_WAITING_BYTES or not self._waiting_bytes
             )
             self._waiting_bytes += num_bytes
-        self._hand_over(parts, states, batch.input_ids, num_bytes)
+        try:
+            self._hand_over(parts, states, tokens, num_bytes)
+        except Exception as error:  # no pinned memory
+            logger.exception("hidden states of a batch cannot be copied to the host")
+            self._written(num_bytes)
+            return f"hidden states cannot be copied to the host: {type(error).__name__}: {error}"
+        return ""
+
+    def _written(self, num_bytes: int) -> None:
+        with self._room:
+            self._waiting_bytes -= num_bytes
+            self._room.notify_all()
 
     def _hand_over(self, parts: list[_Part], states: Tensor, tokens: Tensor, num_bytes: int) -> None:
         left = len(parts)
@@ -112,9 +157,7 @@ class _Capture:
                 left -= 1
                 last = left == 0
             if last:
-                with self._room:
-                    self._waiting_bytes -= num_bytes
-                    self._room.notify_all()
+                self._written(num_bytes)
 
         tokens = tokens.to(torch.int64, copy=True)  # SGLang writes the next batch's into the same place
         kept, copied = self._to_host([states, tokens])
@@ -189,12 +232,24 @@ def build_hook(config: Mapping[str, Any]) -> Hook | None:
     layer = config["layer"]
     capture = _capture(str(config["directory"]), tuple(config["layers"]), str(config["prefix"]))
 
+    followed: set[nn.Module] = set()
+
     def hook(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
         try:
-            if layer is None:
+            if layer is not None:
+                capture.take(layer, output, type(module).__name__ in _WHOLE)
+            elif module not in followed:
+                # SGLang registers hooks that are given no keywords, by which some models hand over the batch. The
+                # first one is its own, of its warm-up.
+                followed.add(module)
+                module.register_forward_hook(finish, with_kwargs=True)
                 capture.finish(arguments)
-            else:
-                capture.take(layer, output)
+        except Exception:
+            logger.exception("hidden states of a batch are lost")
+
+    def finish(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
+        try:
+            capture.finish((*arguments, *keywords.values()))
         except Exception:
             logger.exception("hidden states of a batch are lost")
 
