@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from contract.test_engine_contract import (  # noqa: F401  # collected here too, on this engine
@@ -30,7 +31,7 @@ from paceline.target.engines.document_engine import DocumentEngine
 from paceline.target.engines.interface import EngineAddress
 from paceline.target.engines.outer_parts import load_outer_parts
 from paceline.target.engines.process import EngineProcess
-from paceline.target.engines.programs import find_program
+from paceline.target.engines.programs import EngineProgram, find_program
 from paceline.target.engines.starting import is_ready, start_engine
 from paceline.target.opening import engine_layers, open_engine
 from paceline.target.sglang.kind import SGLANG
@@ -181,17 +182,30 @@ def test_a_server_that_was_started_otherwise_is_refused():
     requests = SGLangRequests.__new__(SGLangRequests)
     requests.name = "SGLang at x"
     hooks = [{"hook_factory": "paceline_sglang_hooks:build_hook"}]
+    right = {
+        "forward_hooks": hooks,
+        "disable_radix_cache": True,
+        "cuda_graph_config": {"prefill": {"backend": "disabled"}},
+    }
+    requests._check_options(right)
     for served, problem in (
         ({"forward_hooks": None, "disable_radix_cache": True}, "writes no hidden states"),
         ({"forward_hooks": [{"hook_factory": "other:hook"}], "disable_radix_cache": True}, "writes no hidden states"),
         ({"forward_hooks": hooks, "disable_radix_cache": False}, "has its radix cache on"),
+        ({**right, "cuda_graph_config": {"prefill": {"backend": "tc_piecewise"}}}, '"tc_piecewise".*run no hooks'),
+        ({**right, "enable_dp_attention": True}, "runs with enable_dp_attention"),
     ):
         with pytest.raises(TargetError, match=problem):
             requests._check_options(served)
 
 
 @pytest.mark.parametrize(
-    "option", ["forward-hooks", "disable-radix-cache", "speculative-algorithm", "allow-auto", "pp-size"]
+    "option",
+    [
+        *("forward-hooks", "disable-radix-cache", "speculative-algorithm", "allow-auto", "pp-size"),
+        *("cuda-graph-backend-prefill", "enforce-piecewise-cuda-graph", "enable-pdmux", "ssl-certfile"),
+        "enable-attn-tp-input-scattered",
+    ],
 )
 def test_options_that_are_set_here_are_refused(tiny_target: Path, tmp_path: Path, option: str):
     config = target_config(tiny_target, engine_args={option: "1"})
@@ -201,6 +215,32 @@ def test_options_that_are_set_here_are_refused(tiny_target: Path, tmp_path: Path
         open_engine(config),
     ):
         pass
+
+
+@pytest.mark.parametrize("tokens", [[], [1, 2], None])
+def test_another_number_of_tokens_than_asked_for_can_be_asked_for_again(tokens: list[int] | None):
+    requests = SGLangRequests.__new__(SGLangRequests)
+    requests.name = "SGLang at x"
+    with pytest.raises(TransportError, match="one was asked for"):
+        requests._next_token({"output_ids": tokens, "meta_info": {"finish_reason": {"type": "length"}}})
+
+
+def test_states_of_fewer_tokens_than_a_file_names_are_refused(tmp_path: Path):
+    requests = SGLangRequests.__new__(SGLangRequests)
+    requests._directory = tmp_path
+    save_file({"hidden_states": torch.ones(2, 1, 4), "token_ids": torch.arange(3)}, tmp_path / "r.0.safetensors")
+    with pytest.raises(CaptureMismatchError, match="2 states of 3 tokens"):
+        requests._read_parts("r", 3)
+
+
+def test_options_for_several_gpus_end_with_sums_and_names_have_no_colon(tmp_path: Path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    program, address = EngineProgram(Path("python"), "0.5.14"), EngineAddress("http://127.0.0.1:1", tmp_path, (0,))
+    for changes in ({"tensor_parallel": 2}, {"engine_args": {"tp-size": 2}}):
+        config = target_config(Path("runs/12:30"), **changes)
+        words = SGLANG.command(config, program, tmp_path, address)
+        assert "--enforce-disable-flashinfer-allreduce-fusion" in words
+        assert words[words.index("--served-model-name") + 1] == "runs/12-30"
 
 
 def run_command(words: list[str]) -> subprocess.CompletedProcess[str]:

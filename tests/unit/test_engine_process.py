@@ -89,6 +89,7 @@ def test_an_option_that_is_false_is_turned_off_where_the_engine_has_a_word_for_i
     [
         *("quantization", "-q", "--quant", "dtype", "kv_cache_dtype", "hf-overrides.rope_theta", "rope-scaling"),
         *("tokenizer", "revision", "load-format", "model-impl", "enable-lora", "json-model-override-args"),
+        *("flashinfer-mxfp4-moe-precision", "enable-fp32-lm-head", "modelopt-checkpoint-restore-path", "kt-method"),
     ],
 )
 def test_an_option_that_changes_what_is_computed_is_known_by_its_words(option: str) -> None:
@@ -100,6 +101,7 @@ def test_an_option_that_changes_what_is_computed_is_known_by_its_words(option: s
     [
         *("gpu-memory-utilization", "max_model_len", "max-num-batched-tokens", "enforce-eager", "mem-fraction-static"),
         *("chunked-prefill-size", "attention-backend", "load-balance-method", "compilation-config.level", "-O", "seed"),
+        *("fp8-gemm-backend", "reasoning-parser", "page-size", "schedule-policy"),
     ],
 )
 def test_an_option_of_memory_batches_and_kernels_changes_last_bits_at_most(option: str) -> None:

@@ -161,3 +161,20 @@ def test_the_model_waits_for_files_that_are_slower(
     assert not second.is_alive()
     settle(hooks, tmp_path)
     assert capture._waiting_bytes == 0
+
+
+def test_a_batch_that_cannot_be_copied_leaves_room_for_the_next(
+    hooks: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the model would wait for ever after some batches of a host short of memory."""
+
+    def no_memory(*_: object) -> None:
+        raise RuntimeError("CUDA error: out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hooks._Capture, "_to_host", no_memory)
+        forward(hooks, tmp_path, (Batch(),))
+    assert hooks._capture(str(tmp_path), (0, 2), "paceline-")._waiting_bytes == 0
+    assert "cannot be copied to the host" in (tmp_path / "paceline-1.error").read_text()
+    forward(hooks, tmp_path, (Batch(),))
+    assert "paceline-1.7.safetensors" in settle(hooks, tmp_path)

@@ -18,6 +18,7 @@ _COMPUTE = (
     *("quantization", "quantize", "quant", "dtype", "torchao", "sparsity", "scales"),
     *("hf", "override", "overrides", "impl", "rope", "sliding", "lora"),
     *("tokenizer", "revision", "loader", "format"),
+    *("precision", "fp32", "int8", "modelopt", "hisparse", "kt"),
 )
 """Words in names of options that change what is computed, beyond the last bits: numbers and how weights become them,
 parts of the model, files that are read. Both engines build their names of such words: kv-cache-dtype, load-format."""

@@ -196,8 +196,11 @@ class _Capture:
 
     def _tell(self, part: _Part, fault: str) -> None:
         """A file that says why there is no other."""
+        path = self._directory / f"{part.rid}.error"
+        unseen = path.with_name(f".{path.name}")  # whoever waits for it reads it at once
         try:
-            (self._directory / f"{part.rid}.error").write_text(fault, encoding="utf-8")
+            unseen.write_text(fault, encoding="utf-8")
+            unseen.replace(path)
         except OSError:
             logger.exception("%s; nor can this be written", fault)
 

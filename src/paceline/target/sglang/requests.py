@@ -18,6 +18,11 @@ from paceline.target.engines.own_files import OwnFiles
 from paceline.target.sglang.server import HOOK_FACTORY
 
 _LONGEST_RECHECK_S = 0.02
+_CHANGE_STATES = (
+    *("allow_auto_truncate", "enable_dp_attention", "enable_two_batch_overlap", "enable_pdmux"),
+    "enable_attn_tp_input_scattered",
+)
+"""Options that are refused to servers that are started here, as it tells of them."""
 _FILE_S = 60.0
 """Files are on their way when the answer comes."""
 
@@ -104,6 +109,10 @@ class SGLangRequests:
             problem = "writes no hidden states"
         elif not served.get("disable_radix_cache"):
             problem = "has its radix cache on, whose tokens have no hidden states"
+        elif graph := _prefill_graph(served):
+            problem = f'computes prompts by CUDA graphs ("{graph}"), which run no hooks'
+        elif spreading := sorted(name for name in _CHANGE_STATES if served.get(name)):
+            problem = f"runs with {', '.join(spreading)}, under which hooks see other states"
         if problem is not None:
             raise TargetError(
                 f"{self.name} {problem}: start it with the options that `paceline doctor MODEL --engine sglang "
@@ -114,8 +123,10 @@ class SGLangRequests:
         reason = (answer.get("meta_info") or {}).get("finish_reason") or {}
         if reason.get("type") == "abort":
             raise TransportError(f"{self.name} ended a request: {reason.get('message')}")
-        (token,) = answer["output_ids"]
-        return int(token)
+        tokens = answer.get("output_ids")
+        if not isinstance(tokens, list) or len(tokens) != 1:
+            raise TransportError(f"{self.name} answered with tokens {tokens}, one was asked for ({reason or answer})")
+        return int(tokens[0])
 
     def _read_parts(self, rid: str, num_tokens: int) -> list[dict[str, Tensor]]:
         """One part a prefill chunk, in the order of tokens."""
@@ -125,6 +136,11 @@ class SGLangRequests:
         while first < num_tokens:
             part = self._read(rid, first, deadline)
             length = len(part["token_ids"])
+            if len(part["hidden_states"]) != length:
+                raise CaptureMismatchError(
+                    f"SGLang captured {len(part['hidden_states'])} states of {length} tokens: options of it spread "
+                    "tokens over GPUs"
+                )
             if not 0 < length <= num_tokens - first:
                 raise CaptureMismatchError(
                     f"SGLang captured {length} tokens from token {first} on of a document of {num_tokens}"
@@ -158,3 +174,11 @@ class SGLangRequests:
         path = self._directory / f"{rid}.error"
         if path.exists():
             raise TransportError(f"{self.name}: {path.read_text(encoding='utf-8')}")
+
+
+def _prefill_graph(served: dict[str, Any]) -> str:
+    """The kind of CUDA graph that prompts are computed by; "" for none, or where the server does not say."""
+    phases = served.get("cuda_graph_config")
+    prefill = phases.get("prefill") if isinstance(phases, dict) else None
+    backend = str(prefill.get("backend") or "") if isinstance(prefill, dict) else ""
+    return "" if backend == "disabled" else backend

@@ -20,14 +20,21 @@ _OWN_FLAGS = (
     *("disable-radix-cache", "disable-cuda-graph", "skip-tokenizer-init"),
     # Each of these would change, cut, mix or spread what a hook sees.
     *("allow-auto-truncate", "enable-mixed-chunk", "speculative-algorithm", "enable-dp-attention", "enable-lora"),
-    *("enable-two-batch-overlap", "pp-size", "pipeline-parallel-size", "enable-prefill-cp", "disaggregation-mode"),
+    *("enable-two-batch-overlap", "pp-size", "pipeline-parallel-size", "disaggregation-mode", "enable-pdmux"),
+    *("enable-attn-tp-input-scattered", "attn-cp-size", "attention-context-parallel-size", "enable-prefill-cp"),
+    *("enable-prefill-context-parallel", "enable-dsa-prefill-context-parallel", "enable-nsa-prefill-context-parallel"),
+    "dllm-algorithm",
+    # Each of these brings graphs back, which run no hooks.
+    *("cuda-graph-config", "cuda-graph-backend-prefill", "enforce-piecewise-cuda-graph", "enable-breakable-cuda-graph"),
+    # A server that speaks otherwise would never be seen to be ready.
+    *("grpc-mode", "encoder-only", "is-embedding", "ssl-keyfile", "ssl-certfile"),
 )
 _NEGATION = None
 """Its options of yes and no say yes; no is said by leaving them out."""
 _TENSOR_PARALLEL = ("tp", "tp-size", "tensor-parallel-size")
 SPREADING = (*_TENSOR_PARALLEL, "dp", "dp-size", "data-parallel-size")
 """Options that say over how many GPUs a target is spread."""
-_BODIES = ("model", "language_model", "language_model.model", "model.language_model")
+_BODIES = ("model", "language_model", "language_model.model", "model.language_model", "llm.model")
 """Where architectures keep their decoder layers."""
 
 
@@ -84,10 +91,12 @@ def _flags_of_target(config: TargetConfig, checkpoint: Path) -> list[str]:
     flags: dict[str, object] = {
         "dtype": resolve_dtype(config, checkpoint),  # by itself SGLang takes fp32 for fp16
         "trust-remote-code": config.trust_remote_code,
-        "served-model-name": config.model,
+        "served-model-name": config.model.replace(":", "-"),  # it takes no colon, which a path may have
     }
-    if config.tensor_parallel > 1 and not given.intersection(_TENSOR_PARALLEL):
+    spread = given.intersection(_TENSOR_PARALLEL)
+    if config.tensor_parallel > 1 and not spread:
         flags["tp-size"] = config.tensor_parallel
+    if config.tensor_parallel > 1 or spread:
         # Otherwise the sum over GPUs may be left to the next layer's norm, after our hook.
         flags["enforce-disable-flashinfer-allreduce-fusion"] = True
     return write_flags({name: value for name, value in flags.items() if name not in given}, _NEGATION)
