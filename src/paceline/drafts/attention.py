@@ -18,10 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from paceline.drafts.compiling import compile_rows
 from paceline.drafts.sequence import ALONE, Exchange
 
+Flex = Callable[[Tensor, Tensor, Tensor, Any], tuple[Tensor, Tensor]]
+"""flex_attention of queries, keys and values [1, heads, n, head_dim] and a BlockMask -> out and logsumexp."""
 _BLOCK = 128
 """Query and key block of flex_attention; its own default."""
+_FEWEST = _BLOCK + 1
+"""Queries, and keys, that flex_attention is given: for a single block of either torch.compile would compile anew."""
 _DENSE_SCORES = 1 << 20
 """Pairs of fewer than a block of queries and all keys that are scored at once on CUDA: 128 MB with 32 heads."""
 
@@ -38,7 +43,7 @@ class Visibility:
     end: Tensor
     """int64[Q]."""
     blocks: Any = None
-    """flex_attention's BlockMask of the same intervals, where that backend is used."""
+    """flex_attention's BlockMask of the same intervals, where that backend is used; of at least two blocks each way."""
     exchange: Exchange = ALONE
     """How the ranks of a sequence-parallel group bring queries and keys together."""
 
@@ -47,17 +52,16 @@ def build_visibility(first: Tensor, end: Tensor, num_keys: int, exchange: Exchan
     """Intervals with what the backend needs: block lists for flex_attention on CUDA.
 
     On a CPU flex_attention has no backward pass. A handful of queries (decoding, a part of a row with few slots) would
-    leave its blocks empty; where there are too many keys to score at once, they are padded to a block.
+    leave its blocks empty; where there are too many keys to score at once, they are padded.
 
     Args:
         first, end: int64, of the queries of all ranks of `exchange`.
     """
     first, end = first[exchange.attending], end[exchange.attending]
-    num_missing = max(0, _BLOCK - len(first))
-    if first.device.type != "cuda" or (num_missing and len(first) * num_keys <= _DENSE_SCORES):
+    few = len(first) < _BLOCK and len(first) * num_keys <= _DENSE_SCORES
+    if first.device.type != "cuda" or few:
         return Visibility(first, end, None, exchange)
-    first, end = (torch.nn.functional.pad(bounds, (0, num_missing)) for bounds in (first, end))
-    return Visibility(first, end, _interval_blocks(first, end, num_keys), exchange)
+    return _list_blocks(first, end, num_keys, exchange)
 
 
 def attend_context(q: Tensor, k: Tensor, v: Tensor, visible: Visibility) -> tuple[Tensor, Tensor]:
@@ -76,12 +80,21 @@ def attend_context(q: Tensor, k: Tensor, v: Tensor, visible: Visibility) -> tupl
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Visibility) -> tuple[Tensor, Tensor]:
     if visible.blocks is not None:
-        num_queries = len(q)
-        if len(visible.first) > num_queries:
-            q = torch.nn.functional.pad(q, (0, 0, 0, 0, 0, len(visible.first) - num_queries))
-        out, lse = _flex()(q.transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None], visible.blocks)
-        return out[0].transpose(0, 1)[:num_queries], lse[0].transpose(0, 1)[:num_queries]
+        return _attend_blocks(q, k, v, visible, _flex())
     return _attend_dense(q, k, v, visible)
+
+
+def _attend_blocks(q: Tensor, k: Tensor, v: Tensor, visible: Visibility, flex: Flex) -> tuple[Tensor, Tensor]:
+    num_queries = len(q)
+    q = _padded(q, len(visible.first))
+    k, v = _padded(k, _FEWEST), _padded(v, _FEWEST)
+    out, lse = flex(q.transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None], visible.blocks)
+    return out[0].transpose(0, 1)[:num_queries], lse[0].transpose(0, 1)[:num_queries]
+
+
+def _padded(items: Tensor, num: int) -> Tensor:
+    """At least `num` of [n, heads, head_dim]; what is added is zero."""
+    return items if len(items) >= num else torch.nn.functional.pad(items, (0, 0, 0, 0, 0, num - len(items)))
 
 
 def _attend_dense(q: Tensor, k: Tensor, v: Tensor, visible: Visibility) -> tuple[Tensor, Tensor]:
@@ -135,7 +148,8 @@ def merge_own(context: tuple[Tensor, Tensor], scores: Tensor, weigh: Callable[[T
 
 
 @functools.cache
-def _flex() -> Callable[..., tuple[Tensor, Tensor]]:
+def _flex(backend: Any = "inductor") -> Flex:
+    """Whole or not at all: where flex_attention is not compiled, it scores all pairs of queries and keys."""
     from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
     def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Any) -> tuple[Tensor, Tensor]:
@@ -144,8 +158,13 @@ def _flex() -> Callable[..., tuple[Tensor, Tensor]]:
         assert aux.lse is not None, "it was asked for"
         return out, aux.lse
 
-    compiled: Callable[..., tuple[Tensor, Tensor]] = torch.compile(attend, dynamic=True)
-    return compiled
+    return compile_rows(attend, dynamic=True, fullgraph=True, backend=backend)
+
+
+def _list_blocks(first: Tensor, end: Tensor, num_keys: int, exchange: Exchange = ALONE) -> Visibility:
+    num_missing = max(0, _FEWEST - len(first))
+    first, end = (torch.nn.functional.pad(bounds, (0, num_missing)) for bounds in (first, end))
+    return Visibility(first, end, _interval_blocks(first, end, max(num_keys, _FEWEST)), exchange)
 
 
 def _interval_blocks(first: Tensor, end: Tensor, num_keys: int) -> Any:

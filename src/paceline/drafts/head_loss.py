@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from paceline.drafts.compiling import compile_rows
 from paceline.schema.target_info import LogitTransform
 
 _IDENTITY = LogitTransform()
@@ -166,7 +167,7 @@ def _hard_chunk(
 
 @functools.cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=True)
+    return compile_rows(function, dynamic=True)
 
 
 class _SoftCrossEntropy(torch.autograd.Function):

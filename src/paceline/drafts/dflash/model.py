@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from paceline.drafts.attention import Visibility, attend_context, build_visibility, merge_own
+from paceline.drafts.compiling import compile_rows
 from paceline.drafts.layers import RMSNorm, Rotary, SwiGLU, rotate
 from paceline.drafts.sequence import ALONE, Exchange
 
@@ -265,4 +266,4 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     Only sizes seen to change (blocks in a row, tokens) become symbols. With dynamic=True block size and heads would be
     symbols, too, and the many reshapes of `merge_block` then take minutes to compile.
     """
-    return torch.compile(function)
+    return compile_rows(function)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from paceline.drafts.attention import Visibility, attend_context, merge_own
+from paceline.drafts.compiling import compile_rows
 from paceline.drafts.layers import RMSNorm, SwiGLU, rotate
 
 CosSin = tuple[Tensor, Tensor]
@@ -106,7 +107,7 @@ class Eagle3Draft(nn.Module):
         layer = self.midlayer
         pieces: tuple[Any, ...] = (layer.mix, layer.queries, layer.keys_values, layer.finish, merge_depths)
         # Attention lies between them: each piece compiles once for rows of any size.
-        self._pieces = tuple(torch.compile(piece, dynamic=True) for piece in pieces) if compiled else pieces
+        self._pieces = tuple(compile_rows(piece, dynamic=True) for piece in pieces) if compiled else pieces
 
     def read_context(self, hidden: Tensor, next_embeddings: Tensor, positions: Tensor) -> Context:
         """Depth 0 of T tokens.
