@@ -35,13 +35,11 @@ def test_more_kinds_of_drafts_than_torch_compiles_by_default_score_no_table_of_p
             assert peak < 8 * length * heads * head_dim * 2 < heads * length * length
 
 
-def test_rows_of_any_length_compile_no_more_after_the_first_few():
+def test_rows_of_any_length_compile_at_most_three_variants():
     generator = random.Random(0)
-    sizes = [(512, 512), (1100, 1100)] + [(generator.randint(1, 1500), generator.randint(1, 3000)) for _ in range(6)]
+    sizes = [(512, 512), (1100, 1100)] + [(generator.randint(1, 1500), generator.randint(1, 3000)) for _ in range(60)]
+    stats = torch._dynamo.utils.counters["stats"]
+    before = stats["unique_graphs"]
     for size in sizes:
         attend_peak(*size)
-    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    assert compiled > 0
-    for _ in range(60):
-        attend_peak(generator.randint(1, 1500), generator.randint(1, 3000))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
+    assert 0 < stats["unique_graphs"] - before <= 3
