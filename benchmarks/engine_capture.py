@@ -33,6 +33,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from device_time import print_summary, profiler_flags, record_trace, summarise
 from disaggregation import finish, remote_servers, row_at, serve, stream_from
 from paceline.client.remote import RemoteConnection
 from paceline.config.placement import PoolConfig, TransportConfig
@@ -81,6 +82,7 @@ class Started:
     is_ready: Callable[[], bool]
     connect: Callable[[], Send | AnswerTimes]
     """Once it is ready."""
+    url: str
     address: EngineAddress | None = None
     """Of one that captures."""
 
@@ -190,14 +192,15 @@ def start_plain(config: TargetConfig, program: EngineProgram) -> Started:
 
     process = EngineProcess(f"{kind.title}, plain", private_directory(config.engine), command, variables)
     send = send_vllm if config.engine == "vllm" else send_sglang
-    return Started("plain", process, calls.is_healthy, lambda: send)
+    return Started("plain", process, calls.is_healthy, lambda: send, url)
 
 
 def start_captured(config: TargetConfig, program: EngineProgram, layers: tuple[int, ...]) -> Started:
     kind = ENGINES[config.engine]
     process, address = start_engine(kind, config, program, Path(config.model), layers)
     return Started(
-        "capture", process, lambda: is_ready(kind, address), lambda: AnswerTimes(kind.connect(address)), address
+        *("capture", process, lambda: is_ready(kind, address), lambda: AnswerTimes(kind.connect(address))),
+        *(address.url, address),
     )
 
 
@@ -211,6 +214,9 @@ def running(
     try:
         for name in names:
             plain = name == "plain"
+            if arguments.profile is not None and config.engine == "vllm":
+                more = profiler_flags(arguments.profile / name)
+                config = config.model_copy(update={"engine_args": {**config.engine_args, **more}})
             one = start_plain(config, program) if plain else start_captured(config, program, layers)
             started.append(one)
         for one in started:
@@ -310,6 +316,25 @@ def measure_servers(
         both = [rates.get((name, in_flight)) for name in ("capture", "plain")]
         if all(both):
             results.record("capture against plain", in_flight=in_flight, share=both[0] / both[1])
+    if arguments.profile is not None:
+        for one in started:
+            profile(one, ways[one.name], arguments, results)
+
+
+def profile(one: Started, send: Send, arguments: argparse.Namespace, results: Results) -> None:
+    """Say what the device did for half of the documents."""
+    sent = documents(arguments)[: arguments.documents // 2]
+
+    def work() -> None:
+        with ThreadPoolExecutor(arguments.in_flight[0]) as pool:
+            list(pool.map(send, sent))
+
+    try:
+        key = "" if one.address is None else one.address.key
+        trace = record_trace(arguments.engine, one.url, key, arguments.profile / one.name, work)
+        print_summary(f"{arguments.engine}, {one.name}, {len(sent)} documents", summarise(trace))
+    except (OSError, ValueError) as error:
+        results.record("no profile", error=str(error))
 
 
 def parse_arguments(words: list[str]) -> argparse.Namespace:
@@ -335,6 +360,7 @@ def parse_arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--selftest-reference", help="a file of `paceline doctor --save-reference`: test the engine, too"
     )
+    parser.add_argument("--profile", type=Path, help="a directory for traces of the engine's own profiler")
     parser.add_argument("--out", type=Path, help="JSON lines; logs are kept beside it")
     parser.add_argument("--what", nargs="+", default=["host", "plain", "capture", "rows", "hf"])
     return parser.parse_args(words)
