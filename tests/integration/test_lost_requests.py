@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from engine_processes import wait_for
 from paceline.config.target import TargetConfig
-from paceline.errors import EngineLostError, TargetError, TransportError
+from paceline.errors import CaptureMismatchError, EngineLostError, TargetError, TransportError
 from paceline.schema.features import FeatureSpec
 from paceline.target.engines.document_engine import DocumentEngine
 from paceline.target.engines.interface import CapturedDocument, EngineAddress
@@ -45,6 +45,8 @@ class Documents:
         self.looks: list[bool] = []
         """What looks at it say, one after the other; True after those."""
         self.num_looks = 0
+        self.num_lost = 0
+        """States that answers lack, from now on."""
 
     def capture(self, tokens: np.ndarray) -> CapturedDocument:
         if self.fails > 0:
@@ -52,7 +54,7 @@ class Documents:
             raise TransportError("no answer")
         features = self.engine.capture(tiny_request_of(tokens), SPEC).result(60)
         assert features.greedy is not None
-        return CapturedDocument(features.hidden, [0, 3], int(features.greedy[-1]))
+        return CapturedDocument(features.hidden[self.num_lost :], [0, 3], int(features.greedy[-1]))
 
     def is_alive(self) -> bool:
         self.num_looks += 1
@@ -120,6 +122,12 @@ def test_a_server_that_nobody_misses_and_that_never_is_well_again_is_given_up(
     documents.fails, documents.looks = 1, [False] * 10_000
     with pytest.raises(EngineLostError, match="no answer"):
         engine.capture(tiny_request((5,)), SPEC).result(30)
+
+
+def test_fewer_states_than_tokens_are_refused(engine: DocumentEngine, documents: Documents) -> None:
+    documents.num_lost = 1
+    with pytest.raises(CaptureMismatchError, match=r"float32\[4, 2, 32\], expected .*\[5, 2, 32\]"):
+        engine.capture(tiny_request((5, 5)), SPEC).result(30)
 
 
 class LossyVLLM(BaseHTTPRequestHandler):

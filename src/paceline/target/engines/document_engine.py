@@ -53,9 +53,10 @@ class _Row:
     spec: FeatureSpec
     future: Future[Features]
     submitted_s: float
-    hidden: list[Tensor | None]
-    """One a document."""
     num_missing: int
+    """Documents whose states are not in their place yet."""
+    states: Tensor | None = None
+    """[T, L, H] on the host, pinned if a GPU will read it; from the first answer on."""
     started_s: float | None = None
     over: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -105,7 +106,7 @@ class DocumentEngine:
         """Compute features of one row; rows are answered when the last of their documents is."""
         future: Future[Features] = Future()
         num_documents = len(request.documents) - 1
-        row = _Row(request, spec, future, time.monotonic(), [None] * num_documents, num_documents)
+        row = _Row(request, spec, future, time.monotonic(), num_documents)
         try:
             self._check(request, spec)
             with self._lock:
@@ -196,9 +197,10 @@ class DocumentEngine:
             if row.over:
                 self._forget(row)
                 return
-        start, end = row.request.documents[document : document + 2]
+        start, end = row.request.documents[document : document + 2].tolist()
         try:
-            hidden = self._checked(self._server.capture(row.request.tokens[start:end]))
+            hidden = self._checked(self._server.capture(row.request.tokens[start:end]), end - start)
+            self._place(row, hidden, start)
         except TransportError as error:
             self._look_after(error)
             self._end(row, error)
@@ -207,7 +209,6 @@ class DocumentEngine:
             self._end(row, error)
             return
         with row.lock:
-            row.hidden[document] = hidden
             row.num_missing -= 1
             complete = row.num_missing == 0 and not row.over
         if complete:
@@ -215,6 +216,15 @@ class DocumentEngine:
                 self._packer.submit(self._pack, row)
             except RuntimeError:
                 self._end(row, StoppedError("the target engine was closed before this row was packed"))
+
+    def _place(self, row: _Row, hidden: Tensor, start: int) -> None:
+        """Copy a document's states to their place in its row: here, where as many threads do so as read files."""
+        with row.lock:
+            if row.states is None:
+                shape = (len(row.request.tokens), *hidden.shape[1:])
+                row.states = torch.empty(shape, dtype=hidden.dtype, pin_memory=self._outer.device.type == "cuda")
+            states = row.states
+        states[start : start + len(hidden)].copy_(hidden)
 
     def _look_after(self, error: TransportError) -> None:
         """A dead server fails each row at once: it must be known for dead before rows are asked for again in vain.
@@ -227,21 +237,20 @@ class DocumentEngine:
                 self.lose(error)
             self._gone.wait(_LOOK_EVERY_S)
 
-    def _checked(self, document: CapturedDocument) -> Tensor:
+    def _checked(self, document: CapturedDocument, num_tokens: int) -> Tensor:
         """[n, L, H] of all captured layers."""
         info, layers = self.info(), list(self._server.layers)
-        shape, dtype = tuple(document.hidden.shape[1:]), str(document.hidden.dtype).removeprefix("torch.")
-        expected = (len(layers), info.hidden_size)
+        shape, dtype = tuple(document.hidden.shape), str(document.hidden.dtype).removeprefix("torch.")
+        expected = (num_tokens, len(layers), info.hidden_size)
         if document.layers != layers or shape != expected or dtype != info.dtype:
             raise CaptureMismatchError(
-                f"{self._server.name} captured layers {document.layers} as {dtype}[n, {shape[0]}, {shape[1]}], "
-                f"expected {layers} as {info.dtype}[n, {expected[0]}, {expected[1]}]: start it for the same layers, "
-                "with the data type of target.dtype"
+                f"{self._server.name} captured layers {document.layers} as {dtype}{list(shape)}, expected {layers} as "
+                f"{info.dtype}{list(expected)}: start it for the same layers, with the data type of target.dtype"
             )
         return document.hidden
 
     def _pack(self, row: _Row) -> None:
-        """On the packer's thread: documents end to end, then what the engine does not return."""
+        """On the packer's thread: what the engine does not return, once all documents are there."""
         try:
             features = self._features(row)
         except torch.OutOfMemoryError as error:
@@ -259,9 +268,10 @@ class DocumentEngine:
     @torch.no_grad()
     def _features(self, row: _Row) -> Features:
         assert row.started_s is not None
+        assert row.states is not None
         spec = row.spec
-        packed = torch.cat([hidden for hidden in row.hidden if hidden is not None]).to(self._outer.device)
-        row.hidden = [None] * len(row.hidden)
+        packed = row.states.to(self._outer.device, non_blocking=True)
+        row.states = None
         slots = [self._server.layers.index(layer) for layer in spec.layers]
         wanted = spec.final_hidden != "none" or spec.greedy or spec.logsumexp
         final = self._outer.norm(packed[:, -1]) if wanted else None
@@ -306,7 +316,7 @@ class DocumentEngine:
         info, outer = self.info(), self._outer
         tokens = np.linspace(0, info.num_tokenizer_tokens - 1, _NUM_PROBE_TOKENS).astype(np.int32)
         document = self._server.capture(tokens)
-        final = outer.norm(self._checked(document)[-1:, -1].to(outer.device))
+        final = outer.norm(self._checked(document, len(tokens))[-1:, -1].to(outer.device))
         logits = apply_logit_transform(outer.lm_head(final), info.logit_transform)[0]
         missed_by = float(logits.max() - logits[document.next_token])
         if not missed_by <= _LOGIT_TOLERANCE * max(1.0, float(logits.abs().max())):

@@ -5,19 +5,16 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from paceline.errors import CaptureMismatchError, TargetError, TransportError
-from paceline.target.engines.http_calls import EngineCalls
+from paceline.target.engines.document_requests import DocumentRequests, growing_pauses
 from paceline.target.engines.interface import CapturedDocument, EngineAddress
-from paceline.target.engines.own_files import OwnFiles
 from paceline.target.sglang.server import HOOK_FACTORY
 
-_LONGEST_RECHECK_S = 0.02
 _CHANGE_STATES = (
     *("allow_auto_truncate", "enable_dp_attention", "enable_two_batch_overlap", "enable_pdmux"),
     "enable_attn_tp_input_scattered",
@@ -27,46 +24,22 @@ _FILE_S = 60.0
 """Files are on their way when the answer comes."""
 
 
-class SGLangRequests:
-    """Documents through one server (`target.engines.interface.DocumentServer`)."""
+class SGLangRequests(DocumentRequests):
+    """Documents through one SGLang server."""
 
     def __init__(self, address: EngineAddress) -> None:
-        """Ask the server what it serves.
+        super().__init__("SGLang", address)
 
-        Raises:
-            TransportError: it does not answer.
-            TargetError: it refuses, or was not started for this.
-        """
-        self.name = f"SGLang at {address.url}"
-        self.layers = address.layers
-        self._directory = address.directory
-        self._calls = EngineCalls(self.name, address.url, address.key)
+    def _ask_max_tokens(self) -> int:
         served = self._calls.call("GET", "/server_info")
         try:
-            self.max_tokens = int(served["max_req_input_len"]) - 1
-            """Of one document."""
+            max_tokens = int(served["max_req_input_len"]) - 1
         except (KeyError, TypeError, ValueError) as error:
             raise TargetError(
                 f"{self.name} does not say how many tokens it takes ({error!r}): is it SGLang?"
             ) from error
         self._check_options(served)
-        self._files = OwnFiles(address.directory)
-
-    def capture(self, tokens: np.ndarray) -> CapturedDocument:
-        """Hidden states of one document, int32[n]; the server's files are gone afterwards.
-
-        Raises:
-            CaptureMismatchError: other tokens or layers than were asked for.
-            TransportError: the server or its files are gone; asking again, or another server, can help.
-            TargetError: the server refused.
-        """
-        self._files.sweep()
-        name = self._files.new_name()
-        try:
-            return self._capture(tokens.tolist(), name)
-        except BaseException:
-            self._files.give_up(name)
-            raise
+        return max_tokens
 
     def _capture(self, sent: list[int], name: str) -> CapturedDocument:
         rid = f"{name}-0"  # begins the names of its files
@@ -91,15 +64,6 @@ class SGLangRequests:
         hidden = [part["hidden_states"] for part in parts]
         layers = parts[0]["layer_ids"].tolist()
         return CapturedDocument(hidden[0] if len(hidden) == 1 else torch.cat(hidden), layers, next_token)
-
-    def is_alive(self) -> bool:
-        """Whether it answers /health."""
-        return self._calls.is_healthy()
-
-    def close(self) -> None:
-        """End the requests that are out; their threads see a TransportError."""
-        self._calls.close()
-        self._files.close()
 
     def _check_options(self, served: dict[str, Any]) -> None:
         hooks = served.get("forward_hooks") or []
@@ -152,16 +116,15 @@ class SGLangRequests:
     def _read(self, rid: str, first: int, deadline: float) -> dict[str, Tensor]:
         """The tensors of a file, which is removed."""
         path = self._directory / f"{rid}.{first}.safetensors"
-        pause_s = 0.0005
-        while not path.exists():
+        for _ in growing_pauses():
+            if path.exists():
+                break
             self._raise_fault(rid)
             if self._calls.closed or time.monotonic() > deadline:
                 raise TransportError(
                     f"{self.name} answered, and wrote no {path.name} within {_FILE_S:.0f} s: what its log says of "
                     "hidden states, or of forward hooks, tells why"
                 )
-            time.sleep(pause_s)
-            pause_s = min(2 * pause_s, _LONGEST_RECHECK_S)
         try:
             return load_file(path)
         except (OSError, SafetensorError) as error:
