@@ -133,19 +133,23 @@ def host_paths(arguments: argparse.Namespace, results: Results) -> None:
             pinned.copy_(device)
             results.record("device to host", gb_per_s=4 * num_bytes / 1e9 / (time.perf_counter() - begin))
     with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
+        paths = [Path(directory) / f"{number}.safetensors" for number in range(16)]
+        rows = [torch.zeros(num_bytes, dtype=torch.uint8) for _ in range(4)]
 
         def write(number: int) -> None:
-            path = Path(directory) / f"{number}.safetensors"
-            save_file({"hidden_states": host}, path)
-            load_file(path)["hidden_states"].sum()
-            path.unlink()
+            save_file({"hidden_states": host}, paths[number])
+
+        def read(number: int) -> None:
+            rows[number % 4].copy_(load_file(paths[number])["hidden_states"])
+            paths[number].unlink()
 
         for num_threads in (1, 4):
             with ThreadPoolExecutor(num_threads) as pool:
-                begin = time.perf_counter()
-                list(pool.map(write, range(16)))
-                rate = 16 * num_bytes / 1e9 / (time.perf_counter() - begin)
-            results.record("files written, read, removed", num_threads=num_threads, gb_per_s=rate)
+                for what, work in (("files written", write), ("files read and removed", read)):
+                    begin = time.perf_counter()
+                    list(pool.map(work, range(16)))
+                    rate = 16 * num_bytes / 1e9 / (time.perf_counter() - begin)
+                    results.record(what, num_threads=num_threads, gb_per_s=rate)
 
 
 def measure(ways: dict[str, Send], arguments: argparse.Namespace, results: Results, in_flight: int) -> dict[str, float]:
@@ -155,16 +159,34 @@ def measure(ways: dict[str, Send], arguments: argparse.Namespace, results: Resul
     with ThreadPoolExecutor(in_flight) as pool:
         for round_ in range(arguments.repeats + 1):
             for name, send in ways.items():
+                ends: list[float] = []
+
+                def send_one(document: np.ndarray, send: Send = send, ends: list[float] = ends) -> None:
+                    send(document)
+                    ends.append(time.perf_counter())
+
                 begin = time.perf_counter()
-                list(pool.map(send, sent))
-                rate = len(sent) * arguments.tokens / (time.perf_counter() - begin)
-                results.record(f"{name}, round {round_}", tokens_per_s=rate)
+                list(pool.map(send_one, sent))
+                whole = len(sent) * arguments.tokens / (time.perf_counter() - begin)
+                rate = steady_rate(ends, in_flight) * arguments.tokens
+                results.record(f"{name}, round {round_}", tokens_per_s=rate, with_begin_and_end=whole)
                 rates[name].append(rate)
     medians = {name: statistics.median(values[1:]) for name, values in rates.items()}
     for name, median in medians.items():
         counted = rates[name][1:]
         results.record(name, tokens_per_s=median, lowest=min(counted), highest=max(counted), num_rounds=len(counted))
     return medians
+
+
+def steady_rate(ends: list[float], in_flight: int) -> float:
+    """Documents a second while there were always as many in flight: the slope of a line through the times they ended.
+
+    How long the first and the last ones take is latency, which in a stream of rows costs nothing.
+    """
+    middle = sorted(ends)[in_flight:-in_flight]
+    if len(middle) <= in_flight:
+        raise SystemExit(f"{len(ends)} documents for {in_flight} in flight: give at least {3 * in_flight + 1}")
+    return float(np.polyfit(np.array(middle) - middle[0], np.arange(len(middle)), 1)[0])
 
 
 def start_plain(config: TargetConfig, program: EngineProgram) -> Started:
@@ -348,7 +370,7 @@ def parse_arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--num-layers", type=int, default=36, help="of the target")
     parser.add_argument("--vocab", type=int, default=150_000)
     parser.add_argument("--tokens", type=int, default=2048, help="of a document")
-    parser.add_argument("--documents", type=int, default=64)
+    parser.add_argument("--documents", type=int, default=160)
     parser.add_argument("--in-flight", nargs="+", type=int, default=[16, 32])
     parser.add_argument("--row-tokens", type=int, default=8192, help="of rows")
     parser.add_argument("--share", type=float, default=0.6, help="supervised share of every document of fetched rows")
