@@ -113,9 +113,10 @@ def _compute(settings: Mapping[str, Any], kept: Path, timeout_s: float, stop: th
         output.replace(kept)
     except TargetError as error:
         raise TargetError(
-            f"the self-test's reference cannot be computed here: {error}\nGive one that was made elsewhere "
-            "(target.selftest_reference, `paceline doctor MODEL --save-reference`), or do without (target.selftest = "
-            "false)"
+            f"the self-test's reference cannot be computed here: {error}\nGive one that was made "
+            f"{'of the weights it was quantised from' if settings['quantised'] else 'elsewhere'} "
+            "(target.selftest_reference, `paceline doctor MODEL --save-reference FILE`), or do without "
+            "(target.selftest = false)"
         ) from error
     finally:
         process.close()

@@ -1,0 +1,61 @@
+"""Quantised checkpoints in a real vLLM: what their weights mean, and within their format what the original says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from engine.test_vllm_engine import ARGS, PYTHON, target_config
+from paceline.config.target import TargetConfig
+from paceline.launch.selftest import prepare_selftest
+from paceline.target.opening import ServedEngine, open_engine
+from paceline.target.selftest.tolerance import choose_tolerance
+from quantised import CONFIGS, reference_of, save_quantised
+
+TRAINED = Path(__file__).parents[2] / "src" / "paceline" / "quickstart_target"
+"""Random weights would make anything of a rounding."""
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+
+
+@dataclass
+class Quantised:
+    """A checkpoint that vLLM serves, beside one of the plain weights that it means."""
+
+    kind: str
+    config: TargetConfig
+    engine: ServedEngine
+    unpacked: Path
+
+
+@pytest.fixture(scope="module", params=sorted(CONFIGS))
+def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Quantised]:
+    assert PYTHON.exists(), "make engine-test installs vLLM"
+    directory = tmp_path_factory.mktemp(request.param)
+    unpacked = save_quantised(TRAINED, directory / "packed", request.param)
+    config = target_config(directory / "packed", dtype="bfloat16", engine_args=ARGS | {"max-model-len": 2048})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        with open_engine(config) as engine:
+            yield Quantised(request.param, config, engine, unpacked)
+
+
+def test_it_computes_what_its_weights_mean(served: Quantised, tmp_path: Path):
+    """Rounding apart: limits of bf16, not those of four bits."""
+    reference = reference_of(served.unpacked, served.engine, tmp_path / "reference.safetensors")
+    test = prepare_selftest(served.config.model_copy(update={"selftest_reference": str(reference)}))
+    result = replace(test, tolerance=choose_tolerance("bfloat16")).run(served.config, served.engine)
+    assert result.problem is None
+
+
+def test_the_self_test_compares_with_the_original_within_the_format(
+    served: Quantised, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    reference = reference_of(TRAINED, served.engine, tmp_path / "reference.safetensors")
+    test = prepare_selftest(served.config.model_copy(update={"selftest_reference": str(reference)}))
+    result = test.run(served.config, served.engine)
+    assert result.problem is None
+    assert f"{served.kind} weights" in "\n".join(result.describe())
+    assert "compares with other weights" in caplog.text
