@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -83,6 +84,15 @@ def test_wrong_engines_are_found_within_the_wider_limits(
 ) -> None:
     with pytest.raises(Exception, match=problem):
         result_of(test, WrongEngine(engine, change)).check("engine")
+
+
+def test_a_rounding_of_another_data_type_widens_nothing(test: SelfTest, config: TargetConfig, tmp_path: Path) -> None:
+    path = tmp_path / "reference.safetensors"
+    test.reference.save(path)
+    given = config.model_copy(update={"selftest_reference": str(path)})
+    assert prepare_selftest(given).reference.rounding is not None
+    exact = prepare_selftest(given.model_copy(update={"dtype": "float32"})).reference
+    assert (exact.rounding, exact.rounded_dtype) == (None, "")
 
 
 def test_limits_grow_with_the_rounding_and_no_further_than_those_of_8_bits() -> None:

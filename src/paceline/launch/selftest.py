@@ -87,15 +87,15 @@ def prepare_selftest(config: TargetConfig, stop: threading.Event | None = None, 
     texts = build_texts(count_tokenizer_tokens(tokenizer), num_positions)
     tolerance = _tolerance(config, checkpoint)
     fingerprint = fingerprint_weights(checkpoint)
+    own_dtype = resolve_dtype(config, checkpoint)
     if config.selftest_reference is not None and not anew:
         # Of a quantised target it may be that of the weights it was made from.
         wanted = None if read_quantization(checkpoint) else fingerprint
         given = load_reference(Path(config.selftest_reference), wanted, texts)
         if given.fingerprint != fingerprint:
             logger.warning("the self-test compares with other weights: those of %s", given.model)
-        return SelfTest(texts, given, tolerance)
+        return SelfTest(texts, given.for_engine(own_dtype), tolerance)
     device, dtype = _where_it_fits(checkpoint, config, _bytes_of_text(text_config, texts))
-    own_dtype = resolve_dtype(config, checkpoint)
     rounded_dtype = own_dtype if dtype == "float32" != own_dtype else None
     kept = cache_path(fingerprint, dtype, rounded_dtype, texts)
     settings = {
@@ -110,7 +110,7 @@ def prepare_selftest(config: TargetConfig, stop: threading.Event | None = None, 
         "fingerprint": fingerprint,
     }
     reference = find_reference(kept, texts, settings, config.engine_start_timeout_s, stop, anew)
-    return SelfTest(texts, reference, tolerance)
+    return SelfTest(texts, reference.for_engine(own_dtype), tolerance)
 
 
 def observe_own(config: TargetConfig, engine: HFEngine) -> SelfTest:

@@ -27,11 +27,14 @@ from transformers.models.auto.modeling_auto import (
 from paceline.errors import TargetError
 from paceline.target.selftest.texts import KnownTexts, build_texts
 
+_FORMAT = "2"
+"""Of files that are kept; another one is computed anew."""
 _NUM_TOP = 16
 _ATTENTION = "eager"
 """It does all that a model asks for: sdpa of transformers 5.17 leaves out the soft cap of Gemma 2's scores."""
 _OBSERVED = ("layers", "final_hidden", "before_norm", "top_ids", "top_logits", "logit_spread")
 _TENSORS = (*_OBSERVED, "rounding")
+_FACTS = ("model", "fingerprint", "text_hash", "dtype", "rounded_dtype")
 _NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
 """Names of a decoder's last norm."""
 
@@ -53,9 +56,8 @@ class Reference:
     logit_spread: Tensor
     """fp32[T]: standard deviation of all logits."""
     rounding: Tensor | None
-    """fp32[T, N + 1]: how far transformers itself is from this, relatively, when it computes in the data type of the
-    engine: layers 0..N-1, final hidden. NaN where the output of layer N-1 is not known; None where this is in that data
-    type."""
+    """fp32[T, N + 1]: how far transformers itself is from this, relatively, when it computes in `rounded_dtype`: layers
+    0..N-1, final hidden. NaN where the output of layer N-1 is not known."""
     model: str
     """Name of the target."""
     fingerprint: str
@@ -63,11 +65,17 @@ class Reference:
     text_hash: str
     dtype: str
     """That it was computed in."""
+    rounded_dtype: str = ""
+    """Of `rounding`; "" without it."""
+
+    def for_engine(self, dtype: str) -> Reference:
+        """This, without a rounding that is of another data type than the engine's."""
+        return self if dtype == self.rounded_dtype else replace(self, rounding=None, rounded_dtype="")
 
     def save(self, path: Path) -> None:
         """Write one safetensors file, whole or not at all."""
         tensors = {name: getattr(self, name) for name in _TENSORS if getattr(self, name) is not None}
-        facts = {name: getattr(self, name) for name in ("model", "fingerprint", "text_hash", "dtype")}
+        facts = {name: getattr(self, name) for name in _FACTS}
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f"{path.name}.{os.getpid()}")
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished, metadata=facts)
@@ -153,7 +161,7 @@ def add_rounding(exact: Reference, rounded: Reference) -> Reference:
     else:
         columns.append(token_errors(rounded.before_norm, exact.before_norm))
     columns.append(token_errors(rounded.final_hidden, exact.final_hidden))
-    return replace(exact, rounding=torch.stack(columns, 1))
+    return replace(exact, rounding=torch.stack(columns, 1), rounded_dtype=rounded.dtype)
 
 
 def _rows(states: Tensor, places: Tensor) -> Tensor:
@@ -163,7 +171,9 @@ def _rows(states: Tensor, places: Tensor) -> Tensor:
 
 def cache_path(fingerprint: str, dtype: str, rounded_dtype: str | None, texts: KnownTexts) -> Path:
     """Where a reference is kept: one for each of weights, data types, texts and version of transformers."""
-    key = "-".join((fingerprint, dtype, str(rounded_dtype), texts.text_hash(), transformers.__version__, _ATTENTION))
+    key = "-".join(
+        (_FORMAT, fingerprint, dtype, str(rounded_dtype), texts.text_hash(), transformers.__version__, _ATTENTION)
+    )
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return home / "paceline" / "selftest" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
 
