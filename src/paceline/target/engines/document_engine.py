@@ -85,7 +85,7 @@ class DocumentEngine:
         self._on_lost: list[Callable[[PacelineError], None]] = []
         self._last_end_s = 0.0
         """When the row before was packed; the packer's alone."""
-        self._senders = ThreadPoolExecutor(self._max_documents, "engine-request")
+        self._senders = ThreadPoolExecutor(self._max_documents, "engine-request", self._own_device)
         self._packer = ThreadPoolExecutor(1, "engine-packer", self._own_device)
         try:
             self._packer.submit(self._prove).result()
@@ -185,6 +185,7 @@ class DocumentEngine:
             )
 
     def _own_device(self) -> None:
+        """Of a thread: pinned memory and copies are this device's."""
         if self._outer.device.type == "cuda":
             torch.cuda.set_device(self._outer.device)
 
