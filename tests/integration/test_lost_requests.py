@@ -233,10 +233,14 @@ def test_what_a_server_writes_after_its_client_has_ended_goes_too(
     with contextlib.closing(OwnFiles(tmp_path)) as other:
         late = tmp_path / f"cmpl-{ended.new_name()}-0-1234abcd.safetensors"
         late.touch()
-        own = tmp_path / f"cmpl-{other.new_name()}-0-1234abcd.safetensors"
+        name = other.new_name()
+        own = tmp_path / f"cmpl-{name}-0-1234abcd.safetensors"
         own.touch()
         other.sweep()
         assert hidden_states(tmp_path) == {own.name}
+        other.finish(name)  # this one may have been computed twice
+        other.sweep()
+        assert hidden_states(tmp_path) == set()
     (first, second) = tmp_path.glob("*.left")
     os.utime(first, (0, 0))
     OwnFiles(tmp_path).close()

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -178,6 +179,36 @@ def test_what_goes_wrong_inside_is_said(tiny_target: Path, tmp_path: Path, fault
         assert hidden_states(address) == []
 
 
+def test_a_server_whose_weights_are_replaced_is_refused(tiny_target: Path, tmp_path: Path):
+    with running(tiny_target, tmp_path / "package", STAND_IN_FAULT="new weights") as (_, address):
+        requests = SGLANG.connect(address)
+        assert requests.capture(tiny_request((5,)).tokens).hidden.shape[0] == 5
+        with pytest.raises(TargetError, match="other weights than before: version '1', it was 'default'"):
+            requests.capture(tiny_request((7,)).tokens)
+        requests.close()
+
+
+def test_a_server_whose_scheduler_is_busy_for_long_is_alive(tiny_target: Path, tmp_path: Path):
+    with running(tiny_target, tmp_path / "package", STAND_IN_FAULT="busy") as (process, address):
+        requests = SGLANG.connect(address)
+        requests.capture(tiny_request((5,)).tokens)
+        assert not is_ready(SGLANG, address), "the premise: /health fails"
+        assert requests.is_alive()
+        process.close()
+        assert not requests.is_alive()
+        requests.close()
+
+
+def test_a_document_leaves_room_for_its_token(monkeypatch: pytest.MonkeyPatch):
+    requests = SGLangRequests.__new__(SGLangRequests)
+    served = {"max_req_input_len": 4096, "max_total_num_tokens": 4000, "page_size": 64}
+    requests._calls = SimpleNamespace(call=lambda *_: served)  # type: ignore[assignment]
+    monkeypatch.setattr(requests, "_check_options", lambda _: None)
+    assert requests._ask_max_tokens() == 4000 - 130
+    served["max_total_num_tokens"] = 1 << 20
+    assert requests._ask_max_tokens() == 4095
+
+
 def test_a_server_that_was_started_otherwise_is_refused():
     requests = SGLangRequests.__new__(SGLangRequests)
     requests.name = "SGLang at x"
@@ -186,6 +217,10 @@ def test_a_server_that_was_started_otherwise_is_refused():
         "forward_hooks": hooks,
         "disable_radix_cache": True,
         "cuda_graph_config": {"prefill": {"backend": "disabled"}},
+        "pp_size": 1,
+        "attn_cp_size": 1,
+        "disaggregation_mode": "null",
+        "speculative_algorithm": None,
     }
     requests._check_options(right)
     for served, problem in (
@@ -194,6 +229,8 @@ def test_a_server_that_was_started_otherwise_is_refused():
         ({"forward_hooks": hooks, "disable_radix_cache": False}, "has its radix cache on"),
         ({**right, "cuda_graph_config": {"prefill": {"backend": "tc_piecewise"}}}, '"tc_piecewise".*run no hooks'),
         ({**right, "enable_dp_attention": True}, "runs with enable_dp_attention"),
+        ({**right, "speculative_algorithm": "EAGLE", "pp_size": 2}, "runs with pp_size, speculative_algorithm"),
+        ({**right, "disaggregation_mode": "prefill"}, "runs with disaggregation_mode"),
     ):
         with pytest.raises(TargetError, match=problem):
             requests._check_options(served)

@@ -178,3 +178,38 @@ def test_a_batch_that_cannot_be_copied_leaves_room_for_the_next(
     assert "cannot be copied to the host" in (tmp_path / "paceline-1.error").read_text()
     forward(hooks, tmp_path, (Batch(),))
     assert "paceline-1.7.safetensors" in settle(hooks, tmp_path)
+
+
+def test_a_layer_that_ends_twice_is_taken_once(hooks: ModuleType, tmp_path: Path) -> None:
+    """As one whose weights are on the host does."""
+    forward(hooks, tmp_path, (Batch(),), layers=[0, 0, 2, 2])
+    assert settle(hooks, tmp_path) == ["paceline-1.7.safetensors"]
+    assert load_file(tmp_path / "paceline-1.7.safetensors")["hidden_states"][:, :, 0].tolist() == [[1.0, 3.0]] * 3
+
+
+def test_a_batch_that_failed_half_way_leaves_nothing_to_the_next(hooks: ModuleType, tmp_path: Path) -> None:
+    hooks.build_hook({"directory": str(tmp_path), "layers": LAYERS, "prefix": "paceline-", "layer": 0})(
+        nn.Identity(), (), (torch.full((9, 4), 9.0), torch.ones(9, 4))
+    )
+    forward(hooks, tmp_path, (Batch(),))
+    assert settle(hooks, tmp_path) == ["paceline-1.7.safetensors"]
+    assert load_file(tmp_path / "paceline-1.7.safetensors")["hidden_states"][:, :, 0].tolist() == [[1.0, 3.0]] * 3
+
+
+def test_states_with_a_dimension_for_texts_are_taken_without_it(hooks: ModuleType, tmp_path: Path) -> None:
+    config = {"directory": str(tmp_path), "layers": LAYERS, "prefix": "paceline-"}
+    for layer in LAYERS:
+        hooks.build_hook({**config, "layer": layer})(nn.Identity(), (), torch.full((1, 5, 4), float(layer)))
+    hooks.build_hook({**config, "layer": None})(nn.Identity(), (Batch(),), None)
+    assert settle(hooks, tmp_path) == ["paceline-1.7.safetensors"]
+    assert load_file(tmp_path / "paceline-1.7.safetensors")["hidden_states"][:, :, 0].tolist() == [[0.0, 2.0]] * 3
+
+
+def test_files_that_are_never_written_do_not_hold_the_model_for_ever(
+    hooks: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hooks, "_MAX_WAIT_S", 0.1)
+    hooks._capture(str(tmp_path), (0, 2), "paceline-")._waiting_bytes = hooks._MAX_WAITING_BYTES
+    forward(hooks, tmp_path, (Batch(),))
+    assert settle(hooks, tmp_path) == ["paceline-1.error"]
+    assert "no file was written for 0 s: is " in (tmp_path / "paceline-1.error").read_text()

@@ -141,7 +141,10 @@ def _reach(kind: EngineKind, config: TargetConfig, layers: tuple[int, ...]) -> I
             "engine writes to"
         )
     address = EngineAddress(config.engine_url, directory, layers, os.environ.get(ENGINE_KEY, ""))
-    with contextlib.closing(DocumentEngine(config, kind.connect(address), load_outer_parts(config))) as engine:
-        server = f"{kind.title} at {address.url}"
-        with contextlib.closing(Heartbeat(server, lambda: is_ready(kind, address), engine.lose)):
-            yield engine
+    server = kind.connect(address)
+    with (
+        contextlib.closing(server),
+        contextlib.closing(DocumentEngine(config, server, load_outer_parts(config))) as engine,
+        contextlib.closing(Heartbeat(server.name, server.is_alive, engine.lose)),
+    ):
+        yield engine

@@ -80,6 +80,7 @@ class Scheduler:
         self.chunk = arguments.chunked_prefill_size
         self.waiting: deque[SimpleNamespace] = deque()
         self.lock = threading.Lock()
+        self.num_computed = 0
 
     @torch.inference_mode()
     def run(self, rid: str, tokens: list[int]) -> int:
@@ -92,6 +93,7 @@ class Scheduler:
             with self.lock:
                 if self.waiting:
                     self.step()
+        self.num_computed += 1
         return int(output.logits[0, -1].argmax())
 
     def step(self) -> None:
@@ -139,7 +141,9 @@ def serve(arguments: argparse.Namespace) -> None:
             return False
 
         def do_GET(self) -> None:
-            if self.allowed():
+            if FAULT == "busy" and self.path == "/health" and scheduler.num_computed:
+                self.answer(503, {})
+            elif self.allowed():
                 given = {name: value for name, value in vars(arguments).items() if name != "model_path"}
                 self.answer(200, {**given, "max_req_input_len": arguments.context_length})
 
@@ -152,7 +156,10 @@ def serve(arguments: argparse.Namespace) -> None:
                 self.answer(200, {"output_ids": [], "meta_info": {"finish_reason": reason}})
                 return
             token = scheduler.run(body.get("rid", "unnamed"), body["input_ids"])
-            self.answer(200, {"output_ids": [token], "meta_info": {"finish_reason": {"type": "length", "length": 1}}})
+            meta = {"finish_reason": {"type": "length", "length": 1}, "weight_version": "default"}
+            if FAULT == "new weights" and len(body["input_ids"]) == 7:
+                meta["weight_version"] = "1"
+            self.answer(200, {"output_ids": [token], "meta_info": meta})
 
         def log_message(self, *_: object) -> None:
             return

@@ -45,12 +45,11 @@ class DocumentRequests(ABC):
         name = self._files.new_name()
         try:
             return self._capture(tokens.tolist(), name)
-        except BaseException:
-            self._files.give_up(name)
-            raise
+        finally:
+            self._files.finish(name)
 
     def is_alive(self) -> bool:
-        """Whether it answers /health."""
+        """Whether it answers as one that can compute, however much it has to do."""
         return self._calls.is_healthy()
 
     def close(self) -> None:

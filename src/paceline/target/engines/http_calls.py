@@ -71,11 +71,11 @@ class EngineCalls:
                 self._open.discard(connection)
             connection.close()
 
-    def is_healthy(self) -> bool:
-        """Whether the server answers /health with 200 within 5 s."""
+    def is_healthy(self, path: str = "/health") -> bool:
+        """Whether the server answers `path` with 200 within 5 s."""
         connection = self._connect(_HEALTH_S)
         try:
-            connection.request("GET", "/health", headers=self._headers)
+            connection.request("GET", path, headers=self._headers)
             return connection.getresponse().status == 200
         except (OSError, http.client.HTTPException):
             return False

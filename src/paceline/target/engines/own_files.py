@@ -10,7 +10,6 @@ import re
 import secrets
 import threading
 import time
-from collections import deque
 from pathlib import Path
 
 from paceline.errors import TargetError
@@ -21,8 +20,6 @@ _OWNER = re.compile(NAMES_BEGIN + r"[0-9a-f]{16}\.(owner|left)")
 _SURELY_OVER_S = 600.0
 """After so long a server writes nothing more for a client that is gone."""
 _SWEEP_EVERY_S = 5.0
-_NUM_GIVEN_UP = 256
-"""Requests whose files are looked for after they failed: what is late is late by seconds."""
 
 
 class OwnFiles:
@@ -42,7 +39,8 @@ class OwnFiles:
         self._prefix = f"{NAMES_BEGIN}{secrets.token_hex(8)}"
         self._numbers = itertools.count()
         self._lock = threading.Lock()
-        self._given_up: deque[str] = deque(maxlen=_NUM_GIVEN_UP)
+        self._out: set[int] = set()
+        """Numbers of requests whose files may be there."""
         self._swept_s = 0.0
         try:
             _remove_of_the_dead(directory)
@@ -54,16 +52,19 @@ class OwnFiles:
             ) from error
 
     def new_name(self) -> str:
-        """For one request."""
-        return f"{self._prefix}-{next(self._numbers)}"
-
-    def give_up(self, name: str) -> None:
-        """A request failed: what the server has written for it, or writes yet, is to be removed."""
+        """For one request, until `finish`."""
         with self._lock:
-            self._given_up.append(name + "-")
+            number = next(self._numbers)
+            self._out.add(number)
+        return f"{self._prefix}-{number}"
+
+    def finish(self, name: str) -> None:
+        """A request is over: whatever else the server has written for it, or writes yet, is to be removed."""
+        with self._lock:
+            self._out.discard(int(name.rpartition("-")[2]))
 
     def sweep(self) -> None:
-        """Remove what came for requests that were given up, ours and those of dead clients.
+        """Remove what is left of requests that are over, or came too late: ours and those of dead clients.
 
         Looks every 5 s at most, however often it is called.
         """
@@ -71,8 +72,12 @@ class OwnFiles:
             if time.monotonic() - self._swept_s < _SWEEP_EVERY_S:
                 return
             self._swept_s = time.monotonic()
-            names = tuple(self._given_up)
-        _remove(self._directory, names)
+        own = re.compile(re.escape(self._prefix) + r"-(\d+)-")
+        found = [(path, int(match[1])) for path in self._directory.iterdir() if (match := own.search(path.name))]
+        with self._lock:  # after the look: what has come since may be of requests that are younger than it
+            over = [path for path, number in found if number not in self._out]
+        for path in over:
+            path.unlink(missing_ok=True)
         _remove_of_the_dead(self._directory)
 
     def close(self) -> None:

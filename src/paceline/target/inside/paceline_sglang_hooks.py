@@ -7,6 +7,7 @@ is given the batch. A hook never raises: that would end the engine.
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,6 +23,8 @@ from torch import Tensor, nn
 _NUM_WRITERS = 4
 _MAX_WAITING_BYTES = 2 << 30
 """Of states on their way into files; the model waits for the files beyond that."""
+_MAX_WAIT_S = 60.0
+"""SGLang ends a scheduler that stands still for some minutes."""
 _WHOLE = frozenset(
     {
         *("CohereDecoderLayer", "Exaone4DecoderLayer", "Lfm2DecoderLayer", "Lfm2MoeDecoderLayer"),
@@ -55,8 +58,10 @@ class _Capture:
         self._layer_ids = torch.tensor(layers, dtype=torch.int64)
         self._directory, self._prefix = directory, prefix
         self._states: Tensor | None = None
-        self._taken: set[int] = set()
+        self._taken: list[int] = []
+        """In the order they came in this batch."""
         self._fault = ""
+        self._attempts = itertools.count()
         self._stream = torch.cuda.Stream() if torch.cuda.is_available() else None
         self._writers = ThreadPoolExecutor(_NUM_WRITERS, "paceline-writer")
         self._room = threading.Condition()
@@ -76,12 +81,14 @@ class _Capture:
 
     def _take(self, layer: int, output: Any, whole: bool) -> None:
         hidden, residual, *_ = (*output, None) if isinstance(output, tuple) else (output, None)
+        hidden, residual = _by_token(hidden), _by_token(residual)
         if getattr(hidden, "_sglang_needs_allreduce_fusion", False):
             self._fault = (
                 f"layer {layer}'s output is not summed over GPUs when it ends: start SGLang with "
                 "--enforce-disable-flashinfer-allreduce-fusion"
             )
-        if self._states is None or layer in self._taken:
+        # A layer whose weights are on the host is called by itself, and ends twice.
+        if self._states is None or layer in self._taken[:1]:
             self._taken.clear()
             self._states = hidden.new_empty(hidden.shape[0], len(self._slots), hidden.shape[-1])
         slot = self._states[:, self._slots[layer]]
@@ -98,7 +105,7 @@ class _Capture:
             slot.copy_(hidden)
         else:
             torch.add(hidden, residual, out=slot)
-        self._taken.add(layer)
+        self._taken.append(layer)
 
     def finish(self, arguments: Iterable[Any]) -> None:
         """All layers of a batch were computed; `arguments` are those of the module around them."""
@@ -106,7 +113,7 @@ class _Capture:
         if batch is None:  # a module further out may be given it
             return
         states, self._states = self._states, None
-        taken, self._taken = self._taken, set()
+        taken, self._taken = set(self._taken), []
         fault, self._fault = self._fault, ""
         if (states is None and not fault) or not batch.forward_mode.is_extend():
             return
@@ -130,9 +137,10 @@ class _Capture:
             )
         num_bytes = states.numel() * states.element_size()
         with self._room:
-            self._room.wait_for(
-                lambda: self._waiting_bytes + num_bytes <= _MAX_WAITING_BYTES or not self._waiting_bytes
-            )
+            if not self._room.wait_for(
+                lambda: self._waiting_bytes + num_bytes <= _MAX_WAITING_BYTES or not self._waiting_bytes, _MAX_WAIT_S
+            ):
+                return f"no file was written for {_MAX_WAIT_S:.0f} s: is {self._directory} slow or gone?"
             self._waiting_bytes += num_bytes
         try:
             self._hand_over(parts, states, tokens, num_bytes)
@@ -175,14 +183,15 @@ class _Capture:
                 host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
                 kept.append(host.copy_(tensor, non_blocking=True))
                 tensor.record_stream(self._stream)
-            copied = torch.cuda.Event()
+            copied = torch.cuda.Event(blocking=True)  # the scheduler needs the core that waiting would take
             copied.record()
         return kept, copied
 
     def _write(self, part: _Part, kept: list[Tensor], copied: torch.cuda.Event | None) -> None:
         states, tokens = kept
         path = self._directory / f"{part.rid}.{part.first}.safetensors"
-        partial = path.with_name(f".{path.name}")
+        # A request that SGLang took back is computed once more, maybe while its first files are being written.
+        partial = path.with_name(f".{path.name}.{next(self._attempts)}")
         try:
             if copied is not None:
                 copied.synchronize()
@@ -203,6 +212,11 @@ class _Capture:
             unseen.replace(path)
         except OSError:
             logger.exception("%s; nor can this be written", fault)
+
+
+def _by_token(states: Any) -> Any:
+    """[n, H] of [1, n, H], as SGLang's models from transformers have them."""
+    return states[0] if isinstance(states, Tensor) and states.dim() == 3 and len(states) == 1 else states
 
 
 def _parts(batch: Any, prefix: str) -> Iterator[_Part]:

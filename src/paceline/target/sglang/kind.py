@@ -10,7 +10,8 @@ SGLANG = EngineKind(
     title="SGLang",
     packages=("sglang",),
     tried=("0.5.14",),
-    variables={"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"},  # it is given a directory
+    # It is given a directory. Its first request may compile kernels for minutes: ours to say for how many.
+    variables={"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "SGLANG_WARMUP_TIMEOUT": "86400"},
     spreading=SPREADING,
     command=sglang_command,
     hand_key=hand_key,

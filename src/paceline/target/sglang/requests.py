@@ -17,9 +17,12 @@ from paceline.target.sglang.server import HOOK_FACTORY
 
 _CHANGE_STATES = (
     *("allow_auto_truncate", "enable_dp_attention", "enable_two_batch_overlap", "enable_pdmux"),
-    "enable_attn_tp_input_scattered",
+    *("enable_attn_tp_input_scattered", "enable_mixed_chunk", "enable_prefill_cp"),
+    *("speculative_algorithm", "dllm_algorithm"),
 )
 """Options that are refused to servers that are started here, as it tells of them."""
+_SPREAD_STATES = ("pp_size", "attn_cp_size")
+"""The same, of which one is none."""
 _FILE_S = 60.0
 """Files are on their way when the answer comes."""
 
@@ -28,12 +31,23 @@ class SGLangRequests(DocumentRequests):
     """Documents through one SGLang server."""
 
     def __init__(self, address: EngineAddress) -> None:
+        self._weight_version: object = None
+        """Of the first answer."""
         super().__init__("SGLang", address)
+
+    def is_alive(self) -> bool:
+        """Whether its HTTP process answers, which ends with its scheduler.
+
+        Its /health asks for a token and waits for it: a scheduler that compiles a kernel would be taken for dead.
+        """
+        return self._calls.is_healthy("/model_info")
 
     def _ask_max_tokens(self) -> int:
         served = self._calls.call("GET", "/server_info")
         try:
             max_tokens = int(served["max_req_input_len"]) - 1
+            if "max_total_num_tokens" in served:  # of documents that leave no room in it SGLang computes no token
+                max_tokens = min(max_tokens, int(served["max_total_num_tokens"]) - 2 * int(served["page_size"]) - 2)
         except (KeyError, TypeError, ValueError) as error:
             raise TargetError(
                 f"{self.name} does not say how many tokens it takes ({error!r}): is it SGLang?"
@@ -55,6 +69,7 @@ class SGLangRequests(DocumentRequests):
         }
         answer = self._calls.call("POST", "/generate", body)
         next_token = self._next_token(answer)
+        self._check_weights(answer)
         parts = self._read_parts(rid, len(sent))
         received = [token for part in parts for token in part["token_ids"].tolist()]
         if received != sent:
@@ -75,7 +90,7 @@ class SGLangRequests(DocumentRequests):
             problem = "has its radix cache on, whose tokens have no hidden states"
         elif graph := _prefill_graph(served):
             problem = f'computes prompts by CUDA graphs ("{graph}"), which run no hooks'
-        elif spreading := sorted(name for name in _CHANGE_STATES if served.get(name)):
+        elif spreading := _refused(served):
             problem = f"runs with {', '.join(spreading)}, under which hooks see other states"
         if problem is not None:
             raise TargetError(
@@ -91,6 +106,16 @@ class SGLangRequests(DocumentRequests):
         if not isinstance(tokens, list) or len(tokens) != 1:
             raise TransportError(f"{self.name} answered with tokens {tokens}, one was asked for ({reason or answer})")
         return int(tokens[0])
+
+    def _check_weights(self, answer: dict[str, Any]) -> None:
+        """Others may replace the weights of a server that is theirs."""
+        version = (answer.get("meta_info") or {}).get("weight_version")
+        if self._weight_version is None:
+            self._weight_version = version
+        if version != self._weight_version:
+            raise TargetError(
+                f"{self.name} has other weights than before: version {version!r}, it was {self._weight_version!r}"
+            )
 
     def _read_parts(self, rid: str, num_tokens: int) -> list[dict[str, Tensor]]:
         """One part a prefill chunk, in the order of tokens."""
@@ -137,6 +162,15 @@ class SGLangRequests(DocumentRequests):
         path = self._directory / f"{rid}.error"
         if path.exists():
             raise TransportError(f"{self.name}: {path.read_text(encoding='utf-8')}")
+
+
+def _refused(served: dict[str, Any]) -> list[str]:
+    """Names of options under which hooks see other states."""
+    names = [name for name in _CHANGE_STATES if served.get(name)]
+    names += [name for name in _SPREAD_STATES if (served.get(name) or 1) != 1]
+    if served.get("disaggregation_mode") not in (None, "null"):
+        names.append("disaggregation_mode")
+    return sorted(names)
 
 
 def _prefill_graph(served: dict[str, Any]) -> str:
