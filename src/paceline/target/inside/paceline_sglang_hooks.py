@@ -198,7 +198,7 @@ class _Capture:
             rows = slice(part.start, part.end)
             save_file({"hidden_states": states[rows], "token_ids": tokens[rows], "layer_ids": self._layer_ids}, partial)
             partial.replace(path)
-        except Exception as error:
+        except Exception as error:  # a full disk: a writer's errors are seen by nobody, and the request waits
             logger.exception("hidden states of %s cannot be written", part.rid)
             partial.unlink(missing_ok=True)
             self._tell(part, f"hidden states cannot be written to {path}: {error}")
@@ -261,13 +261,13 @@ def build_hook(config: Mapping[str, Any]) -> Hook | None:
                 followed.add(module)
                 module.register_forward_hook(finish, with_kwargs=True)
                 capture.finish(arguments)
-        except Exception:
+        except Exception:  # one that left here would end SGLang
             logger.exception("hidden states of a batch are lost")
 
     def finish(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
         try:
             capture.finish((*arguments, *keywords.values()))
-        except Exception:
+        except Exception:  # one that left here would end SGLang
             logger.exception("hidden states of a batch are lost")
 
     return hook
