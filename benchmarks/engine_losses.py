@@ -2,10 +2,16 @@
 
     python benchmarks/engine_losses.py src/paceline/quickstart_target /tmp/losses --python /opt/vllm/bin/python \\
         -- --enforce-eager --max-model-len 2048
+    python benchmarks/engine_losses.py /tmp/target-8b /tmp/losses-8b --large --server-device cuda:0 \\
+        --trainer-device cuda:1 --python /opt/vllm/bin/python -- --max-model-len 8192
 
 Trains an EAGLE-3 and a DFlash draft twice at the same time on one device: with the target inline in transformers, and
 with a server that starts the engine. Exits with 1 where the mean losses of the last quarter differ by more than
---tolerance: features of two engines in bf16 differ by 1 to 2 %.
+--tolerance: features of two engines in bf16 differ by 1 to 2 %. A run whose directory is there is not made again, and
+`--only` makes one of the two: so several engines are compared with one run of `hf`.
+
+With --large drafts have their default shapes, rows 8,192 tokens, layers are compiled; the runs follow each other, both
+with a server and a trainer on the devices named, and their tokens/s and bytes/s are printed.
 """
 
 from __future__ import annotations
@@ -27,7 +33,7 @@ from paceline.target.engines.flags import parse_flags
 from paceline.target.opening import ENGINES
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIG = """
+SMALL = """
 run_dir = "{work}/run"
 [target]
 model = "{target}"
@@ -61,20 +67,59 @@ eval_every = 0
 checkpoint_every = 0
 max_eval_rows = 2
 """
+LARGE = """
+run_dir = "{work}/run"
+[target]
+model = "{target}"
+dtype = "{dtype}"
+device = "{device}"
+[data]
+train = "{work}/conversations.jsonl"
+row_tokens = 8192
+min_supervised_tokens = 8
+max_skipped_fraction = 0.9
+cache_dir = "{work}/prepared"
+[drafts.eagle3]
+algorithm = "eagle3"
+[drafts.dflash]
+algorithm = "dflash"
+[training]
+num_epochs = 100
+max_steps = {steps}
+dtype = "{dtype}"
+device = "{device}"
+compile = true
+log_every = 10
+eval_every = 0
+checkpoint_every = 0
+max_eval_rows = 2
+"""
 
 
 def command(*words: str) -> list[str]:
     return [sys.executable, "-m", "paceline.cli", *words]
 
 
-def words_of_engine(arguments: argparse.Namespace, flags: list[str]) -> list[str]:
+def words_of_placement(arguments: argparse.Namespace) -> list[str]:
+    return [
+        *("placement.target=servers", f'placement.server_devices=["{arguments.server_device or arguments.device}"]'),
+        f'placement.trainer_devices=["{arguments.trainer_device or arguments.device}"]',
+        "transport.kind=http",
+    ]
+
+
+def words_of_runs(arguments: argparse.Namespace, flags: list[str]) -> dict[str, list[str]]:
+    """What each engine's run is told."""
     table = ", ".join(f"{json.dumps(name)} = {json.dumps(value)}" for name, value in parse_flags(flags).items())
     python = [f"target.engine_python={arguments.python}"] if arguments.python else []
-    return [
-        *(f"target.engine={arguments.engine}", *python, f"target.engine_args={{{table}}}"),
-        *("placement.target=servers", f'placement.server_devices=["{arguments.device}"]'),
-        *(f'placement.trainer_devices=["{arguments.device}"]', "transport.kind=http"),
-    ]
+    engine = [f"target.engine={arguments.engine}", *python, f"target.engine_args={{{table}}}"]
+    placement = words_of_placement(arguments)
+    hf = ["target.compile=true", *placement] if arguments.large else []
+    return {"hf": hf, arguments.engine: [*engine, *placement]}
+
+
+def run_directory(arguments: argparse.Namespace, engine: str) -> Path:
+    return Path(arguments.work / engine)
 
 
 def losses(run_dir: Path) -> dict[str, list[float]]:
@@ -87,27 +132,71 @@ def losses(run_dir: Path) -> dict[str, list[float]]:
     return found
 
 
-def train_both(arguments: argparse.Namespace, flags: list[str]) -> dict[str, dict[str, list[float]]]:
-    """Losses by engine and draft; what the runs print is kept in the work directory."""
-    config = str(arguments.work / "config.toml")
+def prepare(arguments: argparse.Namespace) -> Path:
+    """The configuration of all runs, with their data prepared once."""
+    data, config = arguments.work / "conversations.jsonl", Path(arguments.work / "config.toml")
+    if not data.exists():
+        write_conversations(data, "draft")
+        config.write_text((LARGE if arguments.large else SMALL).format(**vars(arguments)))
+        environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{os.environ.get('PYTHONPATH', '')}"}
+        subprocess.run(command("prepare", str(config)), env=environment, check=True, stdout=subprocess.DEVNULL)
+    return config
+
+
+def train(arguments: argparse.Namespace, flags: list[str]) -> None:
+    """Make the runs that are not there yet; what they print is kept in the work directory."""
     environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{os.environ.get('PYTHONPATH', '')}"}
-    subprocess.run(command("prepare", config), env=environment, check=True, stdout=subprocess.DEVNULL)
-    begin = time.monotonic()
-    runs = {}
-    for engine, engine_words in (("hf", []), (arguments.engine, words_of_engine(arguments, flags))):
+    begin, runs = time.monotonic(), {}
+    for engine, words in words_of_runs(arguments, flags).items():
+        if run_directory(arguments, engine).exists() or arguments.only not in (None, engine):
+            continue
+        all_words = [str(arguments.config), f"run_dir={run_directory(arguments, engine)}", *words]
         with (arguments.work / f"{engine}.log").open("wb") as log:
-            words = [config, f"run_dir={arguments.work / engine}", *engine_words]
             runs[engine] = subprocess.Popen(
-                command("train", *words), env=environment, stdout=log, stderr=subprocess.STDOUT
+                command("train", *all_words), env=environment, stdout=log, stderr=subprocess.STDOUT
             )
+        if arguments.large:
+            runs[engine].wait()
     for engine, process in runs.items():
         code = process.wait()
-        print(f"{engine}: exit code {code} after {time.monotonic() - begin:.0f} s", flush=True)
+        print(f"{engine}: exit code {code}, all {time.monotonic() - begin:.0f} s", flush=True)
         if code:
             print((arguments.work / f"{engine}.log").read_text(errors="replace")[-6000:], flush=True)
+        else:
+            describe(arguments, engine)
     if any(process.returncode for process in runs.values()):
         raise SystemExit("a run failed")
-    return {engine: losses(arguments.work / engine) for engine in runs}
+
+
+def describe(arguments: argparse.Namespace, engine: str) -> None:
+    """Print a run's speed after its first third, in which layers are compiled."""
+    lines = [
+        line for line in read_metrics(run_directory(arguments, engine) / "metrics.jsonl") if line["kind"] == "train"
+    ]
+    counted = lines[len(lines) // 3 :]
+    tokens = sum(line["tokens"] for line in counted[1:])
+    received = [line["stream"].get("bytes_received", 0.0) for line in counted]
+    rate = statistics.median(line["tokens_per_s"] for line in counted)
+    per_token = (received[-1] - received[0]) / max(1, tokens)
+    figures = {
+        "engine": engine,
+        "tokens_per_s": rate,
+        "lowest": min(line["tokens_per_s"] for line in counted),
+        "highest": max(line["tokens_per_s"] for line in counted),
+        "tokens_per_step": tokens / max(1, len(counted) - 1),
+        "bytes_per_token": per_token,
+        "bytes_per_s": per_token * rate,
+        "balance": next((line["balance"]["text"] for line in reversed(lines) if "balance" in line), None),
+    }
+    write(arguments, figures)
+
+
+def write(arguments: argparse.Namespace, figures: dict[str, object]) -> None:
+    """One line of JSON, on the screen and in --out."""
+    print(json.dumps(figures), flush=True)
+    if arguments.out is not None:
+        with arguments.out.open("a") as file:
+            file.write(json.dumps(figures) + "\n")
 
 
 def compare(found: dict[str, dict[str, list[float]]], arguments: argparse.Namespace) -> bool:
@@ -121,7 +210,8 @@ def compare(found: dict[str, dict[str, list[float]]], arguments: argparse.Namesp
         ends = [statistics.fmean(values[quarter:]) for values in (ours, theirs)]
         apart = abs(ends[0] - ends[1]) / abs(ends[0])
         agree &= apart <= arguments.tolerance
-        line = {
+        line: dict[str, object] = {
+            "engine": arguments.engine,
             "draft": draft,
             "steps": len(ours),
             "first_loss": [ours[0], theirs[0]],
@@ -131,10 +221,7 @@ def compare(found: dict[str, dict[str, list[float]]], arguments: argparse.Namesp
             "step_differs_by_at_most": max(differences),
             "tolerance": arguments.tolerance,
         }
-        print(json.dumps(line), flush=True)
-        if arguments.out is not None:
-            with arguments.out.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+        write(arguments, line)
     return agree
 
 
@@ -147,14 +234,22 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--large", action="store_true", help="drafts of their default shapes: for a target of 8B")
+    parser.add_argument("--server-device", help="of the engine's server; --device without")
+    parser.add_argument("--trainer-device", help="of the trainer that it serves; --device without")
+    parser.add_argument("--only", help="make this run alone, hf or the engine's; compare when both are there")
     parser.add_argument("--tolerance", type=float, default=0.03, help="of the last quarter's mean loss, relative")
     parser.add_argument("--out", type=Path, help="JSON lines")
     words, _, flags = (" ".join(sys.argv[1:])).partition(" -- ")  # the engine's own options come after --
     arguments = parser.parse_args(words.split())
     arguments.work.mkdir(parents=True, exist_ok=True)
-    write_conversations(arguments.work / "conversations.jsonl", "draft")
-    (arguments.work / "config.toml").write_text(CONFIG.format(**vars(arguments)))
-    if not compare(train_both(arguments, flags.split()), arguments):
+    arguments.config = prepare(arguments)
+    train(arguments, flags.split())
+    if not all(run_directory(arguments, engine).exists() for engine in ("hf", arguments.engine)):
+        return
+    if not compare(
+        {engine: losses(run_directory(arguments, engine)) for engine in ("hf", arguments.engine)}, arguments
+    ):
         raise SystemExit("the losses differ by more than the tolerance")
 
 

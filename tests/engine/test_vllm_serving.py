@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -93,8 +94,10 @@ def server(engine_commands: Commands, target: Path, tmp_path_factory: pytest.Tem
     assert wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), 15)
 
 
-def engine_directories() -> set[Path]:
-    return set(Path("/dev/shm").glob("paceline-vllm-*"))
+def engine_traces() -> set[Path]:
+    """Directories of engines, and sockets in the directory of temporary files, where vLLM puts them if nobody says."""
+    sockets = {path for path in Path(tempfile.gettempdir()).iterdir() if path.is_socket()}
+    return set(Path("/dev/shm").glob("paceline-vllm-*")) | sockets
 
 
 def assert_losses_agree(one: RunConfig, other: RunConfig) -> None:
@@ -135,7 +138,7 @@ def test_one_document_at_a_time_gives_the_same_bits_in_every_run(
 def test_one_command_starts_vllm_and_ends_it_and_a_core_that_dies_costs_only_time(
     engine_commands: Commands, inline: RunConfig, target: Path, data: Path, tmp_path: Path
 ) -> None:
-    before = engine_directories()
+    before = engine_traces()
     config = config_on_vllm(target, data, tmp_path / "run", placement__start_timeout_s=600)
     running = start(engine_commands, config, tmp_path)
     assert running.wait_until(lambda: num_steps(config) >= 2, 400), running.output
@@ -147,20 +150,20 @@ def test_one_command_starts_vllm_and_ends_it_and_a_core_that_dies_costs_only_tim
     assert "ending, since the target engine is dead: EngineLostError: vLLM" in log
     assert "the last lines of its log" in log
     assert log.count("self-test of vLLM") == 2
-    assert wait_for(lambda: engine_directories() == before, 15)
+    assert wait_for(lambda: engine_traces() == before, 15)
 
 
 def test_a_server_that_is_killed_takes_its_vllm_with_it(
     engine_commands: Commands, target: Path, tmp_path: Path
 ) -> None:
-    before = engine_directories()
+    before = engine_traces()
     command = serve(engine_commands, target, tmp_path, "--", *ARGS)
     assert command.wait_until(lambda: len(descendants(command.pid)) >= 2, 120), command.output
     pids = descendants(command.pid)
     command.send_signal(signal.SIGKILL)
     command.wait()
     assert wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), 15)
-    assert wait_for(lambda: engine_directories() == before, 5)
+    assert wait_for(lambda: engine_traces() == before, 5)
 
 
 @pytest.mark.parametrize(

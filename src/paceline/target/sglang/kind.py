@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from paceline.target.engines.interface import EngineKind
 from paceline.target.sglang.requests import SGLangRequests
-from paceline.target.sglang.server import SPREADING, hand_key, sglang_command
+from paceline.target.sglang.server import SPREADING, own_words, sglang_command
 
 SGLANG = EngineKind(
     title="SGLang",
@@ -14,7 +14,7 @@ SGLANG = EngineKind(
     variables={"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "SGLANG_WARMUP_TIMEOUT": "86400"},
     spreading=SPREADING,
     command=sglang_command,
-    hand_key=hand_key,
+    own_words=own_words,
     shell_command=lambda command, key: f"{command} --api-key {key}",
     connect=SGLangRequests,
 )

@@ -73,7 +73,7 @@ def sglang_command(config: TargetConfig, program: EngineProgram, checkpoint: Pat
     ]
 
 
-def hand_key(key: str, root: Path) -> tuple[list[str], dict[str, str]]:
+def own_words(key: str, root: Path) -> tuple[list[str], dict[str, str]]:
     """The key in a file: SGLang reads it from no variable, and a command line is everybody's to read."""
     path = root / "sglang.yaml"
     path.write_text(json.dumps({"api-key": key}), encoding="utf-8")
