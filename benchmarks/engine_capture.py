@@ -201,7 +201,8 @@ def start_plain(config: TargetConfig, program: EngineProgram) -> Started:
     flags = write_flags(config.engine_args, "no-" if config.engine == "vllm" else None)
     command = [str(program.python), "-m", *words, *where, "--dtype", config.dtype, *flags]
     kind = ENGINES[config.engine]
-    variables = {**child_environment(config, program, INSIDE), **kind.variables}
+    grpc = {"SGLANG_GRPC_PORT": str(free_port())}  # otherwise the port + 10,000, which may be none
+    variables = {**child_environment(config, program, INSIDE), **kind.variables, **grpc}
     calls = EngineCalls(kind.title, url)
 
     def send_vllm(tokens: np.ndarray) -> object:
@@ -254,12 +255,19 @@ def running(
         results.say(f"{config.engine} ended: {', '.join(names)}")
 
 
-def fetch_rows(config: TargetConfig, address: EngineAddress, arguments: argparse.Namespace, results: Results) -> None:
-    """Rows from `paceline serve`, attached to the capturing engine, to where a trainer would have them."""
+def fetch_rows(
+    config: TargetConfig, address: EngineAddress, at_once: int, arguments: argparse.Namespace, results: Results
+) -> None:
+    """Rows from `paceline serve`, attached to the capturing engine, to where a trainer would have them.
+
+    Args:
+        at_once: documents at the engine.
+    """
     os.environ[ENGINE_KEY] = address.key
     words = [
         *("--engine", config.engine, "--engine-url", address.url, "--dtype", config.dtype),
         *("--capture-layers", ",".join(map(str, arguments.layers)), f"target.engine_directory={address.directory}"),
+        f"target.engine_documents={at_once}",
     ]
     if arguments.out is not None:
         words += ["--log-file", str(arguments.out.with_name("serve.log"))]
@@ -293,6 +301,7 @@ def fetch_rows(config: TargetConfig, address: EngineAddress, arguments: argparse
                 tokens_per_s=num_rows * sum(lengths) / seconds,
                 bytes_per_s=num_bytes / seconds,
                 num_rows=num_rows,
+                engine_documents=at_once,
             )
 
 
@@ -372,6 +381,7 @@ def parse_arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=2048, help="of a document")
     parser.add_argument("--documents", type=int, default=160)
     parser.add_argument("--in-flight", nargs="+", type=int, default=[16, 32])
+    parser.add_argument("--engine-documents", nargs="+", type=int, default=[256], help="at once, of fetched rows")
     parser.add_argument("--row-tokens", type=int, default=8192, help="of rows")
     parser.add_argument("--share", type=float, default=0.6, help="supervised share of every document of fetched rows")
     parser.add_argument("--prefetch", type=int, default=8, help="rows asked for ahead")
@@ -413,7 +423,8 @@ def main() -> None:
             address = started[-1].address
             if address is not None and "rows" in arguments.what:
                 try:
-                    fetch_rows(config, address, arguments, results)
+                    for at_once in arguments.engine_documents:
+                        fetch_rows(config, address, at_once, arguments, results)
                 except (SystemExit, PacelineError) as error:  # the hf engine's figure is wanted all the same
                     results.record("rows failed", error=str(error))
     if "hf" in arguments.what:

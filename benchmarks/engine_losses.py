@@ -88,7 +88,6 @@ num_epochs = 100
 max_steps = {steps}
 dtype = "{dtype}"
 device = "{device}"
-compile = true
 log_every = 10
 eval_every = 0
 checkpoint_every = 0
@@ -114,8 +113,10 @@ def words_of_runs(arguments: argparse.Namespace, flags: list[str]) -> dict[str, 
     python = [f"target.engine_python={arguments.python}"] if arguments.python else []
     engine = [f"target.engine={arguments.engine}", *python, f"target.engine_args={{{table}}}"]
     placement = words_of_placement(arguments)
-    hf = ["target.compile=true", *placement] if arguments.large else []
-    return {"hf": hf, arguments.engine: [*engine, *placement]}
+    compiled = arguments.large and not arguments.eager
+    drafts = ["training.compile=true"] if compiled else []
+    hf = [*(placement if arguments.large else []), *(["target.compile=true"] if compiled else [])]
+    return {"hf": [*drafts, *hf], arguments.engine: [*drafts, *engine, *placement]}
 
 
 def run_directory(arguments: argparse.Namespace, engine: str) -> Path:
@@ -235,6 +236,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--large", action="store_true", help="drafts of their default shapes: for a target of 8B")
+    parser.add_argument("--eager", action="store_true", help="compile nothing, with --large")
     parser.add_argument("--server-device", help="of the engine's server; --device without")
     parser.add_argument("--trainer-device", help="of the trainer that it serves; --device without")
     parser.add_argument("--only", help="make this run alone, hf or the engine's; compare when both are there")

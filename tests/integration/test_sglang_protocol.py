@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -51,6 +52,7 @@ def target_config(path: Path, **changes: Any) -> TargetConfig:
         "dtype": "float32",
         "engine": "sglang",
         "engine_args": {"chunked-prefill-size": 64},
+        "engine_documents": 16,
         "capture_layers": LAYERS,
         "vocab_chunk_tokens": 7,
     }
@@ -71,10 +73,20 @@ def stand_in_installed(directory: Path, version: str = "0.5.14", **variables: st
         yield
 
 
+def high_port() -> int:
+    """A free one of those to which SGLang cannot add 10,000: one in five of what systems give."""
+    for port in range(60_999, 55_536, -1):
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port over 55,536 is free")
+
+
 @contextlib.contextmanager
 def running(target: Path, directory: Path, **variables: str) -> Iterator[tuple[EngineProcess, EngineAddress]]:
     config = target_config(target)
-    with stand_in_installed(directory, **variables):
+    with stand_in_installed(directory, **variables), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("paceline.target.engines.starting.free_port", high_port)
         program = find_program(config, SGLANG.packages)
         process, address = start_engine(SGLANG, config, program, target, engine_layers(LAYERS, 4))
     with contextlib.closing(process):

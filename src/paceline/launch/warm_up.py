@@ -40,9 +40,9 @@ def compile_drafts(drafts: Mapping[str, DraftAlgorithm], row_tokens: int) -> Non
             algorithm.draft.zero_grad(set_to_none=True)
             with torch.no_grad():
                 algorithm.loss(row)
-                begin, end = row.token_range
+                first, end = row.token_range
                 starts = torch.arange(
-                    max(1, begin + algorithm.first_start), min(num_tokens, end + algorithm.first_start)
+                    max(1, first + algorithm.first_start), min(num_tokens, end + algorithm.first_start)
                 )
                 algorithm.propose(row, starts.to(algorithm.context.device))
         logger.info("draft %s: compiled in %.0f s", name, time.monotonic() - begin)

@@ -182,6 +182,8 @@ def main() -> None:
     if arguments.config:
         for name, value in json.loads(Path(arguments.config).read_text()).items():
             setattr(arguments, name.replace("-", "_"), value)
+    if not 1 <= (port := int(os.environ.get("SGLANG_GRPC_PORT", arguments.port + 10_000))) <= 65_535:
+        raise SystemExit(f"ValueError: SGLANG_GRPC_PORT ({port}) must be between 1 and 65535")
     torch.set_num_threads(1)
     serve(arguments)
 

@@ -11,7 +11,7 @@ from paceline.config.target import TargetConfig
 from paceline.target.engines.flags import check_not_set, option_name, write_flags
 from paceline.target.engines.interface import EngineAddress
 from paceline.target.engines.own_files import NAMES_BEGIN
-from paceline.target.engines.programs import EngineProgram
+from paceline.target.engines.programs import EngineProgram, free_port
 from paceline.target.hf.loading import resolve_dtype
 
 HOOK_FACTORY = "paceline_sglang_hooks:build_hook"
@@ -74,10 +74,13 @@ def sglang_command(config: TargetConfig, program: EngineProgram, checkpoint: Pat
 
 
 def own_words(key: str, root: Path) -> tuple[list[str], dict[str, str]]:
-    """The key in a file: SGLang reads it from no variable, and a command line is everybody's to read."""
+    """The key in a file: SGLang reads it from no variable, and a command line is everybody's to read.
+
+    And a port for a gRPC that it does not serve: it would take its own plus 10,000, and refuse what is no port.
+    """
     path = root / "sglang.yaml"
     path.write_text(json.dumps({"api-key": key}), encoding="utf-8")
-    return ["--config", str(path)], {}
+    return ["--config", str(path)], {"SGLANG_GRPC_PORT": str(free_port())}
 
 
 def _hook(name: str, end: str, config: dict[str, object]) -> dict[str, object]:
