@@ -173,6 +173,7 @@ def main() -> None:
     for name in ("model-path", "host", "dtype", "served-model-name", "config", "api-key"):
         parser.add_argument(f"--{name}")
     parser.add_argument("--port", type=int)
+    parser.add_argument("--nccl-port", type=int)
     parser.add_argument("--context-length", type=int, default=4096)
     parser.add_argument("--chunked-prefill-size", type=int, default=-1)
     parser.add_argument("--forward-hooks", type=json.loads)

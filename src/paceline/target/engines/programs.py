@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import re
 import socket
 import subprocess
@@ -30,6 +32,9 @@ for name in sys.argv[1:]:
         pass
 """
 _ASK_S = 60.0
+_QUIET_PORTS = range(20_000, 30_000)
+_GIVEN_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
+_NUM_TRIES = 20
 _SECRETS = ("PACELINE_TOKEN", ENGINE_KEY)
 """Nothing to an engine that is started here."""
 
@@ -138,8 +143,23 @@ def _is_pinned(config: TargetConfig) -> bool:
 
 
 def free_port() -> int:
-    """A port of loopback that nobody listens on at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port of loopback that nobody listens on, for an engine that will, a minute later.
+
+    One that a system gives to nobody who does not ask for it, where it says which those are: others would have been
+    given it meanwhile.
+    """
+    quiet = [port for port in _QUIET_PORTS if port < _first_given_port()]
+    for port in (*random.SystemRandom().sample(quiet, min(len(quiet), _NUM_TRIES)), 0):
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            found: int = probe.getsockname()[1]
+            return found
+    raise ConfigError("no port of 127.0.0.1 is free: end what listens there")
+
+
+def _first_given_port() -> int:
+    """Of those that the system chooses itself; 0 where it does not say."""
+    try:
+        return int(_GIVEN_PORTS.read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        return 0

@@ -76,10 +76,11 @@ def sglang_command(config: TargetConfig, program: EngineProgram, checkpoint: Pat
 def own_words(key: str, root: Path) -> tuple[list[str], dict[str, str]]:
     """The key in a file: SGLang reads it from no variable, and a command line is everybody's to read.
 
-    And a port for a gRPC that it does not serve: it would take its own plus 10,000, and refuse what is no port.
+    And ports: one where its processes meet, which it would choose a minute before it listens there, and one for a gRPC
+    that it does not serve: it would take its own plus 10,000, and refuse what is no port. A command line comes first.
     """
     path = root / "sglang.yaml"
-    path.write_text(json.dumps({"api-key": key}), encoding="utf-8")
+    path.write_text(json.dumps({"api-key": key, "nccl-port": free_port()}), encoding="utf-8")
     return ["--config", str(path)], {"SGLANG_GRPC_PORT": str(free_port())}
 
 
