@@ -381,7 +381,7 @@ def parse_arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=2048, help="of a document")
     parser.add_argument("--documents", type=int, default=160)
     parser.add_argument("--in-flight", nargs="+", type=int, default=[16, 32])
-    parser.add_argument("--engine-documents", nargs="+", type=int, default=[128], help="at once, of fetched rows")
+    parser.add_argument("--engine-documents", nargs="+", type=int, default=[256], help="at once, of fetched rows")
     parser.add_argument("--row-tokens", type=int, default=8192, help="of rows")
     parser.add_argument("--share", type=float, default=0.6, help="supervised share of every document of fetched rows")
     parser.add_argument("--prefetch", type=int, default=8, help="rows asked for ahead")

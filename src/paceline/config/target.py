@@ -62,7 +62,7 @@ class TargetConfig(Config):
     starts one. Its key, if it asks for one, is in PACELINE_ENGINE_KEY."""
     engine_directory: str | None = None
     """Where the server of `engine_url` writes hidden states."""
-    engine_documents: int = Field(128, ge=1)
+    engine_documents: int = Field(256, ge=1)
     """Documents at an engine's server at one time: as many short ones as make up `engine_tokens`."""
     engine_tokens: int = Field(32_768, ge=1)
     """Tokens of rows at an engine's server, up to which it gets more rows: it computes documents as they come."""
