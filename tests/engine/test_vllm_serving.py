@@ -19,6 +19,7 @@ from engine_processes import descendants, wait_for
 from forking import Command, Commands
 from own_processes import children_of, num_steps, start
 from paceline.config.run import RunConfig
+from paceline.target.engines.http_calls import EngineCalls
 from paceline.target.engines.interface import EngineAddress
 from paceline.target.engines.programs import free_port
 from paceline.target.engines.starting import is_ready
@@ -158,8 +159,9 @@ def test_a_server_that_is_killed_takes_its_vllm_with_it(
 ) -> None:
     before = engine_traces()
     command = serve(engine_commands, target, tmp_path, "--", *ARGS)
-    assert command.wait_until(lambda: len(descendants(command.pid)) >= 2, 120), command.output
+    assert command.wait_until((tmp_path / "ready.json").exists, 400), command.output
     pids = descendants(command.pid)
+    assert len(pids) >= 3  # the guard, vLLM's server, its core
     command.send_signal(signal.SIGKILL)
     command.wait()
     assert wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), 15)
@@ -208,6 +210,9 @@ def test_an_engine_that_somebody_else_starts_is_attached_to_and_missed_when_it_g
         with Commands(tmp_path, {"PACELINE_ENGINE_KEY": "secret"}) as commands:
             command = serve(commands, target, tmp_path / "server", *where)
             ready(command, tmp_path / "server")
+            others = {"model": str(target), "prompt": [1, 2, 3], "max_tokens": 2}
+            assert EngineCalls("vLLM", url, "secret").call("POST", "/v1/completions", others)["choices"]
+            assert [path.suffix for path in directory.iterdir()] == [".owner"], "of others' requests nothing is written"
             os.killpg(engine.pid, signal.SIGKILL)
             assert command.wait(60) == 1
             assert f"vLLM at {url} does not answer any more" in command.output

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from paceline.config.target import TargetConfig
 from paceline.target.engines import programs
 from paceline.target.engines.programs import free_port
 from paceline.target.sglang.kind import SGLANG
@@ -16,12 +17,18 @@ def test_a_port_for_later_is_none_that_the_system_gives_away(tmp_path: Path, mon
     monkeypatch.setattr(programs, "_GIVEN_PORTS", said)
     said.write_text("32768\t60999\n")
     assert {20_000 <= free_port() < 30_000 for _ in range(50)} == {True}
-    said.write_text("20010\t60999\n")
+    said.write_text("25000\t60999\n")
+    assert {20_000 <= free_port() < 25_000 for _ in range(50)} == {True}
+
+
+def test_a_port_that_somebody_listens_on_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 20_003))
-        ports = {free_port() for _ in range(100)}
-    assert ports <= set(range(20_000, 20_010)) - {20_003}
-    assert len(ports) > 1
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        monkeypatch.setattr(programs, "_QUIET_PORTS", range(port, port + 1))
+        monkeypatch.setattr(programs, "_first_given_port", lambda: 65_536)
+        assert free_port() != port
+    assert free_port() == port
 
 
 @pytest.mark.parametrize("said", ["1024 65535", "", None])
@@ -37,9 +44,18 @@ def test_where_the_system_gives_all_ports_away_any_free_one_will_do(
 
 
 def test_sglang_gets_the_ports_that_it_would_choose_too_early_or_wrong(tmp_path: Path) -> None:
-    words, variables = SGLANG.own_words("secret", tmp_path)
+    words, variables = SGLANG.own_words(TargetConfig(model="m", engine="sglang"), "secret", tmp_path)
     config = json.loads(Path(words[-1]).read_text())
     assert config["api-key"] == "secret"
-    assert 0 < config["nccl-port"] < 65_536
-    assert 0 < int(variables["SGLANG_GRPC_PORT"]) < 65_536
+    assert int(variables["SGLANG_GRPC_PORT"]) != config["nccl-port"]
+    for port in (config["nccl-port"], int(variables["SGLANG_GRPC_PORT"])):
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", port))
     assert "secret" not in " ".join(words)
+
+
+@pytest.mark.parametrize("name", ["dp-size", "dp", "data_parallel_size"])
+def test_replicas_of_sglang_choose_ports_of_their_own(tmp_path: Path, name: str) -> None:
+    config = TargetConfig(model="m", engine="sglang", engine_args={name: 2})
+    words, _ = SGLANG.own_words(config, "secret", tmp_path)
+    assert "nccl-port" not in json.loads(Path(words[-1]).read_text())

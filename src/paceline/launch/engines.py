@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from paceline.errors import ConfigError
 from paceline.launch.serve import with_capture_layers
 from paceline.target.engines.http_calls import ENGINE_KEY
 from paceline.target.engines.interface import INSIDE, EngineAddress
-from paceline.target.engines.programs import find_program
+from paceline.target.engines.programs import find_program, visible_gpus
 from paceline.target.hf.loading import load_config, resolve_checkpoint
 from paceline.target.opening import ENGINES, engine_layers
 
@@ -36,4 +37,5 @@ def engine_command(config: TargetConfig) -> str:
     kind = ENGINES[config.engine]
     words = kind.command(config, find_program(config, kind.packages), checkpoint, EngineAddress(url, directory, layers))
     started = kind.shell_command(shlex.join(words), f'"${ENGINE_KEY}"')
-    return f"mkdir -p {shlex.quote(str(directory))} && PYTHONPATH={shlex.quote(str(INSIDE))} {started}"
+    gpus = "".join(f"{name}={value} " for name, value in visible_gpus(config, os.environ).items())
+    return f"mkdir -p {shlex.quote(str(directory))} && {gpus}PYTHONPATH={shlex.quote(str(INSIDE))} {started}"

@@ -13,7 +13,7 @@ from typing import Protocol
 from transformers import PreTrainedTokenizerBase
 
 from paceline.config.target import TargetConfig
-from paceline.errors import ConfigError, TransportError
+from paceline.errors import ConfigError, TargetError, TransportError
 from paceline.target.engines.document_engine import DocumentEngine
 from paceline.target.engines.heartbeat import Heartbeat
 from paceline.target.engines.http_calls import ENGINE_KEY
@@ -124,7 +124,7 @@ def _start(
         process.wait_until(lambda: is_ready(kind, address), config.engine_start_timeout_s, stop)
         try:
             engine = DocumentEngine(config, kind.connect(address), outer)
-        except TransportError as error:
+        except (TransportError, TargetError) as error:
             raise process.explain(error) from error
         with contextlib.closing(engine):
             process.on_end(engine.lose)

@@ -170,7 +170,7 @@ def serve(arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    for name in ("model-path", "host", "dtype", "served-model-name", "config", "api-key"):
+    for name in ("model-path", "host", "dtype", "served-model-name", "config", "api-key", "log-level-http"):
         parser.add_argument(f"--{name}")
     parser.add_argument("--port", type=int)
     parser.add_argument("--nccl-port", type=int)

@@ -225,7 +225,8 @@ class DocumentEngine:
                 shape = (len(row.request.tokens), *hidden.shape[1:])
                 row.states = torch.empty(shape, dtype=hidden.dtype, pin_memory=self._outer.device.type == "cuda")
             states = row.states
-        states[start : start + len(hidden)].copy_(hidden)
+        # torch's copy would bring a team of OpenMP threads for each of ours.
+        np.copyto(_bytes(states[start : start + len(hidden)]), _bytes(hidden))
 
     def _look_after(self, error: TransportError) -> None:
         """A dead server fails each row at once: it must be known for dead before rows are asked for again in vain.
@@ -325,3 +326,10 @@ class DocumentEngine:
                 f"{self._server.name} says token {document.next_token} where {info.name} says {int(logits.argmax())} "
                 f"after its own hidden states (logits differ by {missed_by:.3g}): does it run another checkpoint?"
             )
+
+
+def _bytes(tensor: Tensor) -> np.ndarray:
+    """The same memory; of a tensor of the host."""
+    if not tensor.is_contiguous():
+        raise CaptureMismatchError(f"hidden states of shape {list(tensor.shape)} and strides {tensor.stride()}")
+    return tensor.view(torch.uint8).numpy()

@@ -86,9 +86,9 @@ class EngineKind:
     command: Callable[[TargetConfig, EngineProgram, Path, EngineAddress], list[str]]
     """(config, program, checkpoint, address): the command line of a server, without its key. Raises ConfigError for
     options that are set here."""
-    own_words: Callable[[str, Path], tuple[list[str], dict[str, str]]]
-    """(key, private directory that lives as long as the server): words and variables of one server: its key, where
-    other users cannot read it, and places for what it would leave behind."""
+    own_words: Callable[[TargetConfig, str, Path], tuple[list[str], dict[str, str]]]
+    """(config, key, private directory that lives as long as the server): words and variables of one server: its key,
+    where other users cannot read it, its ports, and places for what it would leave behind."""
     shell_command: Callable[[str, str], str]
     """(a server's command line, a word): the line for a shell, with the word as its key."""
     connect: Callable[[EngineAddress], DocumentServer]

@@ -25,9 +25,13 @@ _LOG_EVERY_S = 30.0
 _END_S = 11.0
 """The guard takes 8 s at most."""
 _NUM_LOG_LINES = 12
+_TAIL_BYTES = 1 << 20
+"""An engine of days writes gigabytes."""
 _NUM_ERRORS = 5
 _NAMES_AN_ERROR = re.compile(r"\b\w*(Error|Exception)\b: ?\S|out of memory", re.IGNORECASE)
 _LAST_WORDS_S = 10.0
+_LEAST_MEMORY = 2 << 30
+"""Free bytes of a directory in memory that a pool of rows may need."""
 _SIGNALS = frozenset(map(int, signal.valid_signals()))
 
 
@@ -125,10 +129,11 @@ class EngineProcess:
         if self._last_words is not None:
             return self._last_words
         try:
-            text = self._log.read_text(errors="replace")
+            with self._log.open("rb") as log:
+                log.seek(max(0, log.seek(0, os.SEEK_END) - _TAIL_BYTES))
+                lines = log.read().decode(errors="replace").splitlines()
         except FileNotFoundError:  # it was ended by us, and removed
             return ""
-        lines = text.splitlines()
         # An engine's server ends after its core did, and only the core says why.
         errors = [line for line in lines[:-_NUM_LOG_LINES] if _NAMES_AN_ERROR.search(line)]
         return "\n".join([*errors[-_NUM_ERRORS:], *lines[-_NUM_LOG_LINES:]])
@@ -166,4 +171,15 @@ def private_directory(engine: str) -> Path:
 def _memory() -> Path | None:
     """Hidden states go through memory where the host has such a directory."""
     shared = Path("/dev/shm")  # noqa: S108  # a directory in it is private
-    return shared if shared.is_dir() and os.access(shared, os.W_OK) else None
+    if not shared.is_dir() or not os.access(shared, os.W_OK):
+        return None
+    free = shutil.disk_usage(shared).free
+    if free < _LEAST_MEMORY:
+        logger.warning(
+            "hidden states go through %s, since %s has %.0f MB free: containers have more with --shm-size=16g",
+            tempfile.gettempdir(),
+            shared,
+            free / 1e6,
+        )
+        return None
+    return shared

@@ -30,7 +30,7 @@ def start_engine(
     address = EngineAddress(f"http://127.0.0.1:{free_port()}", hidden, tuple(layers), secrets.token_hex(16))
     try:
         hidden.mkdir()
-        words, variables = kind.own_words(address.key, root)
+        words, variables = kind.own_words(config, address.key, root)
         command = [*kind.command(config, program, checkpoint, address), *words]
         threads = {} if config.num_threads is None else kind.thread_variables
         environment = {**kind.variables, **threads, **child_environment(config, program, INSIDE), **variables}

@@ -36,9 +36,21 @@ class HiddenStatesConnector(ExampleHiddenStatesConnector):
         layer_ids = torch.tensor(draft.eagle_aux_hidden_state_layer_ids, dtype=torch.int64)
         super()._write_tensors(tensors | {"layer_ids": layer_ids}, event, filename, lock_fd)
 
+    def build_connector_meta(self, scheduler_output: Any) -> Any:
+        """Of our requests alone: nobody would remove the files of others'."""
+        meta = super().build_connector_meta(scheduler_output)
+        for name in [name for name in meta.new_req_filenames if not self._is_ours(name)]:
+            del meta.new_req_filenames[name], self._request_filenames[name]
+        return meta
+
+    def _is_ours(self, request_id: str) -> bool:
+        return self._kv_transfer_config.get_from_extra_config("paceline_prefix", "") in request_id
+
     def request_finished_all_groups(
         self, request: Any, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
+        if not self._is_ours(request.request_id):
+            return False, None
         try:
             answer: tuple[bool, dict[str, Any] | None] = super().request_finished_all_groups(request, block_ids)
             return answer

@@ -19,8 +19,8 @@ _NUM_FAR = 2304
 _FAR_EVERY, _FAR_WINDOW, _FAR_TAIL = 256, 32, 16
 """Of the far text the last 32 of each 256 tokens are compared: its states in whole would be most of a reference. The
 last 16 are judged by themselves: a chunk that ends the text may be short."""
-_FAR_COPIES = 6
-"""Together they are 13,824 tokens: one under way, and more waiting than vLLM computes at once on a GPU (8,192)."""
+_FAR_COPIES = 8
+"""Together they are 18,432 tokens: more than engines compute at once by default on the largest GPUs (16,384)."""
 _SHORT_TEXTS = {"one token": (1, 6), "five tokens": (5, 2), "eight tokens": (8, 2)}
 """Tokens, and how many such texts: one alone may be sent to other experts (`Tolerance.routed`)."""
 _EDGE = 32

@@ -8,7 +8,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from paceline.config.target import TargetConfig
-from paceline.target.engines.flags import check_not_set, option_name, write_flags
+from paceline.target.engines.flags import check_not_set, find_options, option_name, write_flags
 from paceline.target.engines.interface import EngineAddress
 from paceline.target.engines.own_files import NAMES_BEGIN
 from paceline.target.engines.programs import EngineProgram, free_port
@@ -32,7 +32,8 @@ _OWN_FLAGS = (
 _NEGATION = None
 """Its options of yes and no say yes; no is said by leaving them out."""
 _TENSOR_PARALLEL = ("tp", "tp-size", "tensor-parallel-size")
-SPREADING = (*_TENSOR_PARALLEL, "dp", "dp-size", "data-parallel-size")
+_REPLICAS = ("dp", "dp-size", "data-parallel-size")
+SPREADING = (*_TENSOR_PARALLEL, *_REPLICAS)
 """Options that say over how many GPUs a target is spread."""
 _BODIES = ("model", "language_model", "language_model.model", "model.language_model", "llm.model")
 """Where architectures keep their decoder layers."""
@@ -73,14 +74,17 @@ def sglang_command(config: TargetConfig, program: EngineProgram, checkpoint: Pat
     ]
 
 
-def own_words(key: str, root: Path) -> tuple[list[str], dict[str, str]]:
+def own_words(config: TargetConfig, key: str, root: Path) -> tuple[list[str], dict[str, str]]:
     """The key in a file: SGLang reads it from no variable, and a command line is everybody's to read.
 
     And ports: one where its processes meet, which it would choose a minute before it listens there, and one for a gRPC
     that it does not serve: it would take its own plus 10,000, and refuse what is no port. A command line comes first.
     """
     path = root / "sglang.yaml"
-    path.write_text(json.dumps({"api-key": key, "nccl-port": free_port()}), encoding="utf-8")
+    options: dict[str, object] = {"api-key": key}
+    if not find_options(config.engine_args, _REPLICAS):  # each of several would take the same port
+        options["nccl-port"] = free_port()
+    path.write_text(json.dumps(options), encoding="utf-8")
     return ["--config", str(path)], {"SGLANG_GRPC_PORT": str(free_port())}
 
 
@@ -95,6 +99,7 @@ def _flags_of_target(config: TargetConfig, checkpoint: Path) -> list[str]:
     flags: dict[str, object] = {
         "dtype": resolve_dtype(config, checkpoint),  # by itself SGLang takes fp32 for fp16
         "trust-remote-code": config.trust_remote_code,
+        "log-level-http": "warning",  # otherwise a line a document, in memory
         "served-model-name": config.model.replace(":", "-"),  # it takes no colon, which a path may have
     }
     spread = given.intersection(_TENSOR_PARALLEL)

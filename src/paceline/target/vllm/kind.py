@@ -20,7 +20,10 @@ VLLM = EngineKind(
     },
     spreading=SPREADING,
     command=vllm_command,
-    own_words=lambda key, root: ([], {_KEY: key, "VLLM_RPC_BASE_PATH": str(root)}),  # its sockets, which it leaves
+    own_words=lambda config, key, root: (
+        [],
+        {_KEY: key, "VLLM_RPC_BASE_PATH": str(root)},
+    ),  # its sockets, which it leaves
     shell_command=lambda command, key: f"{_KEY}={key} {command}",
     connect=VLLMRequests,
     thread_variables={"VLLM_CPU_OMP_THREADS_BIND": "nobind"},  # a CPU build would take all cores that it may use

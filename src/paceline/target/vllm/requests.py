@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import shutil
 import time
 from pathlib import Path
 
@@ -70,8 +71,10 @@ class VLLMRequests(DocumentRequests):
                 self._wait_for_writer(locked.fileno(), name, deadline)
                 return load_file(path)
         except (OSError, SafetensorError) as error:
+            free = shutil.disk_usage(self._directory).free if self._directory.is_dir() else 0
             raise TransportError(
-                f"hidden states in {path} cannot be read ({error}): did vLLM's process die?"
+                f"hidden states in {path} cannot be read ({error}), {free / 1e9:.1f} GB are free there: did vLLM's "
+                "process die, or could it not write them?"
             ) from error
         finally:
             for done in (path, lock):

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 from paceline.config.target import TargetConfig
 from paceline.target.engines.flags import check_not_set, option_name, write_flags
 from paceline.target.engines.interface import EngineAddress
+from paceline.target.engines.own_files import NAMES_BEGIN
 from paceline.target.engines.programs import EngineProgram
 from paceline.target.hf.loading import resolve_dtype
 
@@ -17,6 +18,8 @@ _CONNECTOR = "paceline_vllm_connector"
 _OWN_FLAGS = (
     *("model", "host", "port", "api-key", "speculative-config", "-sc", "kv-transfer-config"),
     *("enable-prefix-caching", "no-enable-prefix-caching", "uds", "config"),
+    *("kv-offloading-size", "kv-offloading-backend"),  # each puts another connector in the place of ours
+    *("ssl-keyfile", "ssl-certfile"),  # it would never be seen to be ready
 )
 _NEGATION = "no-"
 """Its options of yes and no are argparse.BooleanOptionalAction."""
@@ -45,7 +48,7 @@ def capture_flags(layers: Sequence[int], directory: Path, connector_module: str 
     transfer = {
         "kv_connector": "ExampleHiddenStatesConnector" if connector_module is None else "HiddenStatesConnector",
         "kv_role": "kv_producer",
-        "kv_connector_extra_config": {"shared_storage_path": str(directory)},
+        "kv_connector_extra_config": {"shared_storage_path": str(directory), "paceline_prefix": NAMES_BEGIN},
     }
     if connector_module is not None:
         transfer["kv_connector_module_path"] = connector_module
@@ -82,5 +85,6 @@ def _flags_of_target(config: TargetConfig, checkpoint: Path) -> list[str]:
         "tensor-parallel-size": config.tensor_parallel if config.tensor_parallel > 1 else None,
         "trust-remote-code": config.trust_remote_code or None,
         "served-model-name": config.model,
+        "disable-uvicorn-access-log": True,  # a line a document, in memory
     }
     return write_flags({name: value for name, value in flags.items() if name not in given}, _NEGATION)
