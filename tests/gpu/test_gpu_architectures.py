@@ -8,36 +8,27 @@ from typing import Any
 import pytest
 import torch
 
-from architectures import ARCHITECTURES, NESTED
-from integration.test_target_architectures import LENGTHS, SPEC, load
+from integration.test_target_architectures import LENGTHS, SPEC, load, target  # noqa: F401 - a fixture
 from paceline.config.target import TargetConfig
 from paceline.schema.features import Features
 from paceline.schema.rows import RowRequest
 from paceline.target.hf.engine import HFEngine
-from tiny import save_nested_tiny_target, save_tiny_target, tiny_request
+from tiny import tiny_request
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 
 
-@pytest.fixture(scope="module", params=[*ARCHITECTURES, *(f"nested_{kind}" for kind in NESTED)])
-def target(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("architecture") / request.param
-    if request.param.startswith("nested_"):
-        return save_nested_tiny_target(path, request.param.removeprefix("nested_"))
-    return save_tiny_target(path, request.param)
-
-
 @contextlib.contextmanager
-def captured(target: Path, **settings: Any) -> Iterator[tuple[RowRequest, Features]]:
-    with contextlib.closing(HFEngine(TargetConfig(model=str(target), device="cuda", **settings))) as engine:
+def captured(path: Path, **settings: Any) -> Iterator[tuple[RowRequest, Features]]:
+    with contextlib.closing(HFEngine(TargetConfig(model=str(path), device="cuda", **settings))) as engine:
         request = tiny_request(LENGTHS, num_position_axes=engine.info().num_position_axes)
         yield request, engine.capture(request, SPEC).result(120)
 
 
-def alone(target: Path, request: RowRequest) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def alone(path: Path, request: RowRequest) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Hidden states ([T, 3, H]), final hidden states and logits that transformers computes on a CPU, a document at a
     time."""
-    model, found = load(target, attn_implementation="eager"), []
+    model, found = load(path, attn_implementation="eager"), []
     for start, end in zip(request.documents, request.documents[1:], strict=False):
         tokens = torch.from_numpy(request.tokens[start:end]).long()[None]
         with torch.no_grad():
@@ -48,7 +39,7 @@ def alone(target: Path, request: RowRequest) -> tuple[torch.Tensor, torch.Tensor
     return hidden, final, logits
 
 
-def test_fp32_features_equal_those_of_transformers(target: Path):
+def test_fp32_features_equal_those_of_transformers(target: Path):  # noqa: F811
     with captured(target, dtype="float32") as (request, features):
         hidden, final, logits = alone(target, request)
         assert features.hidden.is_cuda
@@ -58,7 +49,7 @@ def test_fp32_features_equal_those_of_transformers(target: Path):
         assert (features.greedy.cpu() == logits.argmax(-1)).float().mean() > 0.98
 
 
-def test_bf16_features_are_near(target: Path):
+def test_bf16_features_are_near(target: Path):  # noqa: F811
     """Half of the tokens: rounding sends some of the others to other experts."""
     with captured(target, dtype="bfloat16") as (request, features):
         hidden, _, _ = alone(target, request)
