@@ -33,7 +33,7 @@ from paceline.target.engines.flags import parse_flags
 from paceline.target.opening import ENGINES
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = """
+CONFIG = """
 run_dir = "{work}/run"
 [target]
 model = "{target}"
@@ -41,58 +41,33 @@ dtype = "{dtype}"
 device = "{device}"
 [data]
 train = "{work}/conversations.jsonl"
-row_tokens = 1024
+row_tokens = {row_tokens}
 min_supervised_tokens = 8
 max_skipped_fraction = 0.9
 cache_dir = "{work}/prepared"
 [drafts.eagle3]
 algorithm = "eagle3"
-num_depths = 3
-vocab_size = 1024
-lr = 2e-3
+{eagle3}
 [drafts.dflash]
 algorithm = "dflash"
-num_layers = 1
-target_layers = [1, 3, 5, 6]
-block_size = 4
-anchor_every = 4
-lr = 3e-3
+{dflash}
 [training]
 num_epochs = 100
 max_steps = {steps}
 dtype = "{dtype}"
 device = "{device}"
-log_every = 1
+log_every = {log_every}
 eval_every = 0
 checkpoint_every = 0
 max_eval_rows = 2
 """
-LARGE = """
-run_dir = "{work}/run"
-[target]
-model = "{target}"
-dtype = "{dtype}"
-device = "{device}"
-[data]
-train = "{work}/conversations.jsonl"
-row_tokens = 8192
-min_supervised_tokens = 8
-max_skipped_fraction = 0.9
-cache_dir = "{work}/prepared"
-[drafts.eagle3]
-algorithm = "eagle3"
-[drafts.dflash]
-algorithm = "dflash"
-[training]
-num_epochs = 100
-max_steps = {steps}
-dtype = "{dtype}"
-device = "{device}"
-log_every = 10
-eval_every = 0
-checkpoint_every = 0
-max_eval_rows = 2
-"""
+SMALL = {
+    "row_tokens": 1024,
+    "log_every": 1,
+    "eagle3": "num_depths = 3\nvocab_size = 1024\nlr = 2e-3",
+    "dflash": "num_layers = 1\ntarget_layers = [1, 3, 5, 6]\nblock_size = 4\nanchor_every = 4\nlr = 3e-3",
+}
+LARGE = {"row_tokens": 8192, "log_every": 10, "eagle3": "", "dflash": ""}
 
 
 def command(*words: str) -> list[str]:
@@ -138,7 +113,7 @@ def prepare(arguments: argparse.Namespace) -> Path:
     data, config = arguments.work / "conversations.jsonl", Path(arguments.work / "config.toml")
     if not data.exists():
         write_conversations(data, "draft")
-        config.write_text((LARGE if arguments.large else SMALL).format(**vars(arguments)))
+        config.write_text(CONFIG.format(**vars(arguments), **(LARGE if arguments.large else SMALL)))
         environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{os.environ.get('PYTHONPATH', '')}"}
         subprocess.run(command("prepare", str(config)), env=environment, check=True, stdout=subprocess.DEVNULL)
     return config

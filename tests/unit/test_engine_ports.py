@@ -1,4 +1,4 @@
-"""Ports of an engine that listens on them a minute after they were chosen."""
+"""Ports of an engine that listens on them a minute after they were chosen, and its sockets."""
 
 import json
 import socket
@@ -10,6 +10,7 @@ from paceline.config.target import TargetConfig
 from paceline.target.engines import programs
 from paceline.target.engines.programs import free_port
 from paceline.target.sglang.kind import SGLANG
+from paceline.target.vllm.kind import VLLM
 
 
 def test_a_port_for_later_is_none_that_the_system_gives_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,3 +60,12 @@ def test_replicas_of_sglang_choose_ports_of_their_own(tmp_path: Path, name: str)
     config = TargetConfig(model="m", engine="sglang", engine_args={name: 2})
     words, _ = SGLANG.own_words(config, "secret", tmp_path)
     assert "nccl-port" not in json.loads(Path(words[-1]).read_text())
+
+
+@pytest.mark.parametrize(
+    ("directory", "there"), [("/dev/shm/paceline-vllm-abcdefgh", True), ("/scratch/" + 60 * "x", False)]
+)
+def test_vllms_sockets_lie_in_its_own_directory_where_their_names_have_room(directory: str, there: bool) -> None:
+    _, variables = VLLM.own_words(TargetConfig(model="m", engine="vllm"), "secret", Path(directory))
+    assert variables.get("VLLM_RPC_BASE_PATH") == (directory if there else None)
+    assert variables["VLLM_API_KEY"] == "secret"

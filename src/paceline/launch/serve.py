@@ -85,8 +85,6 @@ def serve_target(
     """
     check_address(settings)
     _check_merging(config, options)
-    if config.num_threads is not None:
-        torch.set_num_threads(config.num_threads)  # of this process and of all threads that begin after this
     signals.grace_s = 1.0  # nothing to end in order while the target loads
     level = logging.getLevelNamesMapping()[options.log_level]
     console = Console(stderr=True) if options.log_file is None else None

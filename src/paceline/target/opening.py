@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from paceline.config.target import TargetConfig
@@ -57,6 +58,8 @@ def open_engine(config: TargetConfig, stop: threading.Event | None = None) -> It
         TargetError: the target cannot be loaded or described, or the engine ended while it started.
         StoppedError: `stop` was set.
     """
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)  # of this process and of all threads that begin after this
     if config.engine == "hf":
         engine = HFEngine(config)
         with contextlib.closing(engine):

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from paceline.target.engines.interface import EngineKind
 from paceline.target.vllm.requests import VLLMRequests
-from paceline.target.vllm.server import SPREADING, vllm_command
-
-_KEY = "VLLM_API_KEY"
+from paceline.target.vllm.server import KEY, SPREADING, own_words, vllm_command
 
 VLLM = EngineKind(
     title="vLLM",
@@ -20,11 +18,8 @@ VLLM = EngineKind(
     },
     spreading=SPREADING,
     command=vllm_command,
-    own_words=lambda config, key, root: (
-        [],
-        {_KEY: key, "VLLM_RPC_BASE_PATH": str(root)},
-    ),  # its sockets, which it leaves
-    shell_command=lambda command, key: f"{_KEY}={key} {command}",
+    own_words=own_words,
+    shell_command=lambda command, key: f"{KEY}={key} {command}",
     connect=VLLMRequests,
     thread_variables={"VLLM_CPU_OMP_THREADS_BIND": "nobind"},  # a CPU build would take all cores that it may use
 )

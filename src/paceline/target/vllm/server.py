@@ -14,7 +14,10 @@ from paceline.target.engines.own_files import NAMES_BEGIN
 from paceline.target.engines.programs import EngineProgram
 from paceline.target.hf.loading import resolve_dtype
 
+KEY = "VLLM_API_KEY"
 _CONNECTOR = "paceline_vllm_connector"
+_MAX_SOCKET_DIRECTORY = 64
+"""Characters: the system takes 107, and vLLM adds 37."""
 _OWN_FLAGS = (
     *("model", "host", "port", "api-key", "speculative-config", "-sc", "kv-transfer-config"),
     *("enable-prefix-caching", "no-enable-prefix-caching", "uds", "config"),
@@ -75,6 +78,13 @@ def vllm_command(config: TargetConfig, program: EngineProgram, checkpoint: Path,
         *_flags_of_target(config, checkpoint),
         *write_flags(config.engine_args, _NEGATION),
     ]
+
+
+def own_words(config: TargetConfig, key: str, root: Path) -> tuple[list[str], dict[str, str]]:
+    """The key as a variable, and a place for its sockets, which it leaves when it is killed."""
+    del config
+    sockets = {"VLLM_RPC_BASE_PATH": str(root)} if len(str(root)) <= _MAX_SOCKET_DIRECTORY else {}
+    return [], {KEY: key, **sockets}
 
 
 def _flags_of_target(config: TargetConfig, checkpoint: Path) -> list[str]:
