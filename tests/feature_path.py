@@ -16,6 +16,7 @@ from paceline.client.server_list import FixedServers
 from paceline.config.placement import PoolConfig
 from paceline.errors import ServerBusyError, TransportError
 from paceline.schema.features import FeatureSpec
+from paceline.schema.limits import Limits
 from paceline.schema.rows import RowRequest
 from paceline.schema.target_info import TargetInfo
 from paceline.target.admission import Admission
@@ -85,6 +86,9 @@ class FaultyConnection:
 
     def info(self) -> TargetInfo:
         return self._connection.info()
+
+    def limits(self) -> Limits:
+        return self._connection.limits()
 
     def open_session(self, specs: Mapping[str, FeatureSpec], group: str | None = None) -> None:
         self._connection.open_session(specs, group)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from paceline.schema.features import Features, FeatureSpec
+from paceline.schema.limits import Limits
 from paceline.schema.rows import Row, RowRequest
 from paceline.schema.target_info import RopeInfo, TargetInfo
 
@@ -113,6 +114,9 @@ class SmallEngine:
 
     def info(self) -> TargetInfo:
         return self._info
+
+    def limits(self) -> Limits:
+        return Limits()
 
     def room(self) -> int:
         return self._num_slots - self.num_computing

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from paceline.schema.features import Features, FeatureSpec
+from paceline.schema.limits import Limits
 from paceline.schema.rows import RowRequest
 from paceline.schema.target_info import TargetInfo
 from paceline.target.hf.engine import HFEngine
@@ -37,6 +38,9 @@ class WrongEngine:
         starts = zip(request.documents, request.documents[1:], strict=False)
         self.seen += [request.tokens[start:end].tobytes() for start, end in starts]
         return future
+
+    def limits(self) -> Limits:
+        return self.engine.limits()
 
     def room(self) -> int:
         return 1

@@ -47,6 +47,10 @@ class Documents:
         self.num_looks = 0
         self.num_lost = 0
         """States that answers lack, from now on."""
+        self.swaps: dict[int, int] = {}
+        """A document of so many tokens gets the states of another text: its seed."""
+        self.says: int | None = None
+        """What it says instead of its next token."""
 
     def capture(self, tokens: np.ndarray) -> CapturedDocument:
         if self.fails > 0:
@@ -54,7 +58,12 @@ class Documents:
             raise TransportError("no answer")
         features = self.engine.capture(tiny_request_of(tokens), SPEC).result(60)
         assert features.greedy is not None
-        return CapturedDocument(features.hidden[self.num_lost :], [0, 3], int(features.greedy[-1]))
+        hidden = features.hidden
+        if len(tokens) in self.swaps:
+            other = tiny_request((len(tokens),), seed=self.swaps[len(tokens)])
+            hidden = self.engine.capture(other, SPEC).result(60).hidden
+        says = int(features.greedy[-1]) if self.says is None else self.says
+        return CapturedDocument(hidden[self.num_lost :], [0, 3], says)
 
     def is_alive(self) -> bool:
         self.num_looks += 1
@@ -122,6 +131,23 @@ def test_a_server_that_nobody_misses_and_that_never_is_well_again_is_given_up(
     documents.fails, documents.looks = 1, [False] * 10_000
     with pytest.raises(EngineLostError, match="no answer"):
         engine.capture(tiny_request((5,)), SPEC).result(30)
+
+
+def test_a_token_that_does_not_follow_from_the_states_beside_it_is_refused(
+    engine: DocumentEngine, documents: Documents
+) -> None:
+    """So states of another request are noticed, of another length or not."""
+    rows = [tiny_request((5, 1, 7), seed=seed) for seed in range(4)]
+    assert all(engine.capture(row, SPEC).result(30).finite for row in rows)
+    documents.swaps = {5: 3, 1: 9}
+    row = tiny_request((7, 5, 7), seed=9)
+    with pytest.raises(CaptureMismatchError, match=r"Server 7 answered document 1 of row 9 with token \d+ where"):
+        engine.capture(row, FeatureSpec((0,))).result(30)
+    documents.swaps = {}
+    assert engine.capture(row, SPEC).result(30).finite
+    documents.says = 1_000_000
+    with pytest.raises(CaptureMismatchError, match="document 0 of row 9 with token 1000000 where"):
+        engine.capture(row, SPEC).result(30)
 
 
 def test_fewer_states_than_tokens_are_refused(engine: DocumentEngine, documents: Documents) -> None:

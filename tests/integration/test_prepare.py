@@ -17,6 +17,7 @@ from paceline.data.rows import RowSource
 from paceline.data.split import PreparedSplit
 from paceline.data.summary import HELD_OUT, prepare_table
 from paceline.errors import DataError
+from paceline.schema.limits import RowSizes
 from tiny import tiny_tokenizer
 
 FORGETS_REASONING = (
@@ -81,6 +82,17 @@ def test_samples_keep_their_order_and_counts_are_those_of_the_masks(tmp_path: Pa
     assert data.summary.train.num_tokens == data.train.lengths.sum() == sum(len(t) for t, _ in samples(data.train))
     assert data.summary.train.num_supervised == len(supervised)
     assert len(data.eval) == 0
+
+
+def test_the_largest_rows_of_the_beginning_and_of_all_epochs_are_known_beforehand(tmp_path: Path):
+    data = run(tmp_path, write(tmp_path / "d.jsonl", [*chats(60), chat("longer", "word " * 150)]))
+    stream = source(data)
+    rows = [stream.row(position) for position in range(stream.num_rows)]
+    assert len({len(row.tokens) for row in rows}) > 1
+    for num in (1, 2, len(rows) - 1, len(rows), 3 * len(rows)):
+        longest = max(int(np.diff(row.documents).max()) for row in rows[:num])
+        assert stream.sizes(num) == RowSizes(longest, max(row.num_tokens for row in rows[:num]))
+    assert stream.sizes(0) == RowSizes()
 
 
 def test_rows_of_an_epoch_hold_every_token_of_every_sample_once(tmp_path: Path):

@@ -10,6 +10,7 @@ import pytest
 
 from paceline.errors import CaptureMismatchError, ConfigError, ServerBusyError, StoppedError
 from paceline.schema.features import Features, FeatureSpec
+from paceline.schema.limits import Limits
 from paceline.schema.rows import RowRequest, request_features
 from paceline.target.admission import Admission
 from small_engine import SmallEngine, expected_hidden, small_row
@@ -169,6 +170,20 @@ def test_what_cannot_be_served_is_refused_by_name(admission: Admission) -> None:
     session = admission.open_session(SPECS)
     with pytest.raises(ConfigError, match="'other', session-0 registered evaluation, training"):
         admission.submit(session, request(0, "other"))
+
+
+def test_a_session_asks_only_for_layers_that_the_engine_was_started_for() -> None:
+    class Started(SmallEngine):
+        def limits(self) -> Limits:
+            return Limits(layers=(0, 1))
+
+    engine = Started()
+    admission = Admission(engine)
+    admission.open_session({"training": FeatureSpec((0, 1))})
+    with pytest.raises(ConfigError, match=r"'training' ask for capture layers \[2, 3\], .* started for \[0, 1\]"):
+        admission.open_session({"training": FeatureSpec((1, 2, 3))})
+    admission.close()
+    engine.close()
 
 
 def test_an_error_of_the_engine_fails_its_row_alone() -> None:

@@ -9,10 +9,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from paceline.client.checks import check_header, check_reply, check_specs, check_target
+from paceline.client.checks import check_header, check_limits, check_reply, check_specs, check_target
 from paceline.errors import CaptureMismatchError, HandshakeError
 from paceline.schema.features import Features, FeatureSpec, FinalHidden
 from paceline.schema.layout import reply_bytes, reply_layout
+from paceline.schema.limits import Limits, RowSizes
 from paceline.schema.parts import Part, requested_part
 from paceline.schema.rows import request_features
 from paceline.schema.target_info import LogitTransform
@@ -130,6 +131,29 @@ def test_all_differences_are_told_at_once() -> None:
 def test_capture_layers_that_do_not_exist_are_refused() -> None:
     with pytest.raises(HandshakeError, match=r"'training' ask for capture layers \[6\], server-1 has 0\.\.5"):
         check_specs("server-1", small_info(), {"training": FeatureSpec((5, 6))})
+
+
+LIMITS = Limits(layers=(1, 4, 5), max_document_tokens=100, max_row_tokens=300)
+
+
+def test_a_server_that_takes_what_will_be_asked_passes() -> None:
+    check_limits("server-1", LIMITS, {"training": FeatureSpec((1, 5))}, RowSizes(100, 300))
+    check_limits("server-1", Limits(), {"training": FeatureSpec((0, 2))}, RowSizes(10**9, 10**9))
+
+
+@pytest.mark.parametrize(
+    ("layers", "sizes", "message"),
+    [
+        ((1, 2), RowSizes(), r"'training' ask for capture layers \[2\].* server-1 was started for \[1, 4, 5\]"),
+        ((1, 5), RowSizes(101, 300), "longest document of these rows has 101 tokens, server-1 takes 100: lower data.r"),
+        ((1, 5), RowSizes(100, 301), "longest row has 301 tokens, server-1 takes 300: lower data.row_tokens, or raise"),
+    ],
+)
+def test_a_server_that_would_refuse_a_row_later_is_refused_before(
+    layers: tuple[int, ...], sizes: RowSizes, message: str
+) -> None:
+    with pytest.raises(HandshakeError, match=message):
+        check_limits("server-1", LIMITS, {"training": FeatureSpec(layers)}, sizes)
 
 
 WIDE = replace(SPEC, halo=2)

@@ -9,6 +9,7 @@ import numpy as np
 from paceline.errors import CaptureMismatchError, HandshakeError
 from paceline.schema.features import Features, FeatureSpec
 from paceline.schema.layout import TensorLayout, layout_bytes, reply_layout
+from paceline.schema.limits import Limits, RowSizes
 from paceline.schema.parts import Part, part_range, part_reach
 from paceline.schema.protocol import ReplyHeader
 from paceline.schema.rows import RowRequest
@@ -169,3 +170,29 @@ def check_specs(server: str, served: TargetInfo, specs: Mapping[str, FeatureSpec
                 f"features {name!r} ask for capture layers {missing}, {server} has 0..{served.num_layers - 1}: "
                 "correct drafts.NAME.target_layers"
             )
+
+
+def check_limits(server: str, limits: Limits, specs: Mapping[str, FeatureSpec], sizes: RowSizes) -> None:
+    """Return if a server takes what will be asked of it.
+
+    Raises:
+        HandshakeError: capture layers that its engine was not started for, longer documents or rows than it takes.
+    """
+    if limits.layers is not None:
+        for name, spec in specs.items():
+            if missing := sorted(set(spec.layers) - set(limits.layers)):
+                raise HandshakeError(
+                    f"features {name!r} ask for capture layers {missing}, the engine of {server} was started for "
+                    f"{list(limits.layers)}: start it for all layers that will be asked for (target.capture_layers)"
+                )
+    if limits.max_document_tokens is not None and sizes.longest_document > limits.max_document_tokens:
+        raise HandshakeError(
+            f"the longest document of these rows has {sizes.longest_document} tokens, {server} takes "
+            f"{limits.max_document_tokens}: lower data.row_tokens, or start its engine for more, where the target has "
+            "so many positions (max-model-len, context-length)"
+        )
+    if limits.max_row_tokens is not None and sizes.longest_row > limits.max_row_tokens:
+        raise HandshakeError(
+            f"the longest row has {sizes.longest_row} tokens, {server} takes {limits.max_row_tokens}: lower "
+            "data.row_tokens, or raise --max-row-tokens of the server"
+        )

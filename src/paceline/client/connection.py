@@ -10,6 +10,7 @@ from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 from paceline.errors import ServerLostError, StoppedError
 from paceline.schema.features import Features, FeatureSpec
+from paceline.schema.limits import Limits
 from paceline.schema.parts import requested_part
 from paceline.schema.rows import RowRequest
 from paceline.schema.target_info import TargetInfo
@@ -27,6 +28,9 @@ class Connection(Protocol):
 
     def info(self) -> TargetInfo:
         """The server's facts about its target."""
+
+    def limits(self) -> Limits:
+        """What the server takes."""
 
     def open_session(self, specs: Mapping[str, FeatureSpec], group: str | None = None) -> None:
         """Register what rows may ask for; once, before the first request.
@@ -66,6 +70,7 @@ class RowServer(Protocol):
     """A server in this process: admission of rows to an engine."""
 
     def info(self) -> TargetInfo: ...
+    def limits(self) -> Limits: ...
     def open_session(self, specs: Mapping[str, FeatureSpec]) -> str: ...
     def submit(self, session: str, request: RowRequest) -> Future[Features]: ...
     def close_session(self, session: str) -> None: ...
@@ -100,6 +105,9 @@ class LocalConnection(Generic[ParcelT]):
 
     def info(self) -> TargetInfo:
         return self._server.info()
+
+    def limits(self) -> Limits:
+        return self._server.limits()
 
     def open_session(self, specs: Mapping[str, FeatureSpec], group: str | None = None) -> None:
         del group

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from paceline.client.assignments import Link
-from paceline.client.checks import check_specs, check_target
+from paceline.client.checks import check_limits, check_specs, check_target
 from paceline.client.closing import Closing
 from paceline.client.connection import Connection
 from paceline.client.server_list import MakeConnection, ServerList
 from paceline.errors import PacelineError, ServerLostError, StoppedError
 from paceline.schema.features import FeatureSpec
+from paceline.schema.limits import RowSizes
 from paceline.schema.target_info import TargetInfo
 
 _LOOK_EVERY_S = 0.5
@@ -81,6 +82,7 @@ class Membership:
         self,
         servers: ServerList,
         specs: Mapping[str, FeatureSpec],
+        sizes: RowSizes,
         expected: TargetInfo | None,
         group: str | None,
         closing: Closing,
@@ -89,12 +91,13 @@ class Membership:
         """Begin to connect; `pool` may be called before this returns.
 
         Args:
+            sizes: of all rows that will be asked for.
             expected: the target every server must have; None takes that of the server that answers first.
             group: of the sessions, if they are a sequence-parallel group's.
             closing: of connections that could not be opened.
         """
         self._servers = servers
-        self._specs = dict(specs)
+        self._specs, self._sizes = dict(specs), sizes
         self._info = expected
         self._group = group
         self._closing = closing
@@ -251,6 +254,7 @@ class Membership:
     def _open(self, name: str, connection: Connection) -> None:
         info = connection.info()
         check_specs(name, info, self._specs)
+        check_limits(name, connection.limits(), self._specs, self._sizes)
         with self._changed:
             self._info = self._info or info
             expected = self._info

@@ -33,6 +33,7 @@ from paceline.errors import (
     TransportError,
 )
 from paceline.schema.features import FeatureSpec
+from paceline.schema.limits import RowSizes
 from paceline.schema.rows import RowRequest
 from paceline.schema.target_info import TargetInfo
 from paceline.transport.base import Delivery
@@ -65,6 +66,7 @@ class FeaturePool:
         settings: PoolConfig,
         expected: TargetInfo | None = None,
         *,
+        sizes: RowSizes | None = None,
         group: str | None = None,
         log_every_s: float = 30.0,
     ) -> None:
@@ -73,12 +75,13 @@ class FeaturePool:
         Args:
             specs: what rows may ask for, by name.
             expected: the target that the run was prepared for; None takes that of the first server that answers.
+            sizes: of the largest rows that will be asked for: a server that does not take them is the wrong one.
             group: where rows are asked for in parts, what the ranks of this sequence-parallel group know and nobody
                 else does: 32 to 64 hex digits, drawn anew for each run. Servers compute a row once for all of them.
             log_every_s: a wait for servers says so this often.
 
         Raises:
-            HandshakeError: a server has another target than expected, or lacks a capture layer.
+            HandshakeError: a server has another target than expected, lacks a capture layer, or takes no such rows.
             AuthorizationError: a server refuses our token.
             ServerLostError: no server was up within `settings.all_down_timeout_s`; names the reason of each.
         """
@@ -101,7 +104,7 @@ class FeaturePool:
         self._dispatching = threading.local()
         self._closing = Closing(self.fail)
         self._clock = Clock("pool-clock", self.fail)
-        self._membership = Membership(servers, specs, expected, group, self._closing, self)
+        self._membership = Membership(servers, specs, sizes or RowSizes(), expected, group, self._closing, self)
         try:
             self._info = self._membership.wait_for_first(settings.all_down_timeout_s, log_every_s)
         except BaseException:

@@ -31,6 +31,7 @@ from paceline.errors import (
 )
 from paceline.schema.features import FeatureSpec
 from paceline.schema.layout import layout_bytes, reply_layout
+from paceline.schema.limits import Limits
 from paceline.schema.protocol import (
     ServerInfo,
     TransportName,
@@ -124,6 +125,10 @@ class RemoteConnection:
 
     def info(self) -> TargetInfo:
         return self.server_info().target
+
+    def limits(self) -> Limits:
+        served = self.server_info()
+        return Limits(served.capture_layers, served.max_document_tokens, served.max_row_tokens)
 
     def server_info(self) -> ServerInfo:
         """What the server says about itself; asked for once.

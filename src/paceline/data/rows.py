@@ -7,6 +7,7 @@ import numpy as np
 from paceline.data.packing import RowPlan
 from paceline.data.split import PreparedSplit
 from paceline.errors import DataError
+from paceline.schema.limits import RowSizes
 from paceline.schema.rows import Row
 
 
@@ -39,6 +40,16 @@ class RowSource:
     def num_rows(self) -> int:
         """Rows of one epoch."""
         return self._plan.num_rows
+
+    def sizes(self, num_positions: int) -> RowSizes:
+        """The largest of the rows at the first positions of the stream."""
+        if not self.num_rows or not num_positions:
+            return RowSizes()
+        plan = self._plan
+        rows = plan.row_order(0)[:num_positions] if num_positions < self.num_rows else slice(None)
+        starts = plan.offsets[:-1]
+        documents, tokens = np.maximum.reduceat(plan.lengths, starts), np.add.reduceat(plan.lengths, starts)
+        return RowSizes(int(documents[rows].max()), int(tokens[rows].max()))
 
     def row(self, position: int) -> Row:
         """The row at `position` (>= 0) of the stream of all epochs.

@@ -95,7 +95,12 @@ def assemble_trainer(
         if target.recording is not None:
             check_recording(target.recording, specs, train_rows)
         drafts = _build_drafts(config, target, prepared, device, ranks)
-        pool = FeaturePool(target.servers, specs, config.pool, info, group=ranks.draw_secret())
+        num_rows = config.training.num_epochs * train_rows.num_rows
+        num_eval_rows = min(config.training.max_eval_rows or eval_rows.num_rows, eval_rows.num_rows)
+        sizes = None
+        if target.recording is None:  # otherwise servers are asked for what it lacks
+            sizes = train_rows.sizes(_num_trained_rows(config, num_rows)) | eval_rows.sizes(num_eval_rows)
+        pool = FeaturePool(target.servers, specs, config.pool, info, sizes=sizes, group=ranks.draw_secret())
         stack.callback(pool.close)
         transport = config.transport
         open_stream = partial(
@@ -104,24 +109,17 @@ def assemble_trainer(
             budget=PrefetchBudget(transport.prefetch_rows, transport.prefetch_bytes),
             row_timeout_s=transport.row_timeout_s,
         )
-        num_rows = config.training.num_epochs * train_rows.num_rows
-        share = DealtPositions(num_rows, config.training.rows_per_step, ranks.data_rank, ranks.num_data_ranks)
+        positions = DealtPositions(num_rows, config.training.rows_per_step, ranks.data_rank, ranks.num_data_ranks)
         part = Part(ranks.part, ranks.sequence_parallel)
-        stream = open_stream(train_rows.row, spec=TRAINING, positions=share, part=part)
+        stream = open_stream(train_rows.row, spec=TRAINING, positions=positions, part=part)
         stack.callback(stream.close)
 
         def open_eval_stream(num: int) -> FeatureStream:
             own = range(ranks.data_rank, num, ranks.num_data_ranks)
             return open_stream(eval_rows.row, spec=EVALUATION, positions=own, part=part, own_rows=1)
 
-        limit = config.training.max_eval_rows or eval_rows.num_rows
         evaluate = HeldOutEvaluation(
-            drafts,
-            open_eval_stream,
-            min(limit, eval_rows.num_rows),
-            ranks.num_data_ranks,
-            ranks.gather,
-            ranks.agree_to_stop,
+            drafts, open_eval_stream, num_eval_rows, ranks.num_data_ranks, ranks.gather, ranks.agree_to_stop
         )
         yield TrainerParts(drafts, stream, num_rows, evaluate, pool)
 
@@ -141,6 +139,12 @@ def _build_drafts(
     if config.training.compile:
         compile_drafts(drafts, config.data.row_tokens)
     return drafts
+
+
+def _num_trained_rows(config: RunConfig, num_rows: int) -> int:
+    """Of the rows of all epochs."""
+    max_steps = config.training.max_steps
+    return num_rows if max_steps is None else min(num_rows, max_steps * config.training.rows_per_step)
 
 
 def _check_rows(train: RowSource, evaluation: RowSource) -> None:

@@ -291,7 +291,8 @@ def _record_rows(
 
     with contextlib.ExitStack() as stack:
         if left:
-            pool = FeaturePool(target.servers, {SPEC_NAME: manifest.spec.spec()}, config.pool, target.info)
+            sizes = sources["train"].sizes(sources["train"].num_rows) | sources["eval"].sizes(sources["eval"].num_rows)
+            pool = FeaturePool(target.servers, {SPEC_NAME: manifest.spec.spec()}, config.pool, target.info, sizes=sizes)
             stack.callback(pool.close)
             budget = PrefetchBudget(transport.prefetch_rows, transport.prefetch_bytes)
             stream = FeatureStream(

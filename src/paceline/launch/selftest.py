@@ -16,6 +16,7 @@ from paceline.config.target import TargetConfig
 from paceline.launch.memory import free_memory
 from paceline.launch.reference import find_reference
 from paceline.target.engines.flags import option_name
+from paceline.target.engines.steps import step_tokens
 from paceline.target.hf.engine import HFEngine
 from paceline.target.hf.fingerprint import fingerprint_weights
 from paceline.target.hf.info import count_tokenizer_tokens
@@ -57,8 +58,10 @@ class SelfTest:
             StoppedError: `stop` was set.
         """
         layers = config.capture_layers or _spread(engine.info().num_layers)
-        num_far = num_far_captures(config.engine != "hf" and resolve_device(config.device).type == "cuda")
-        result = run_selftest(engine, self.texts, self.reference, sorted(set(layers)), self.tolerance, num_far, stop)
+        num_far, unproven = _far_captures(config)
+        result = run_selftest(
+            engine, self.texts, self.reference, sorted(set(layers)), self.tolerance, num_far, unproven, stop
+        )
         name = engine_name(config)
         for line in (f"self-test of {name} on {len(self.texts.tokens)} tokens:", *result.describe()):
             logger.info(line)
@@ -111,6 +114,15 @@ def prepare_selftest(config: TargetConfig, stop: threading.Event | None = None, 
     }
     reference = find_reference(kept, texts, settings, config.engine_start_timeout_s, stop, anew)
     return SelfTest(texts, reference.for_engine(own_dtype), tolerance)
+
+
+def _far_captures(config: TargetConfig) -> tuple[int, str | None]:
+    """How often the far text is asked for, and what that does not prove."""
+    if config.engine == "hf":
+        return 1, None
+    step = step_tokens(ENGINES[config.engine], config, resolve_device(config.device).type == "cuda")
+    num_far, is_more = num_far_captures(step)
+    return num_far, None if is_more else f"not compared, for want of tokens: steps of {step:,} tokens, and their chunks"
 
 
 def observe_own(config: TargetConfig, engine: HFEngine) -> SelfTest:

@@ -69,6 +69,10 @@ class ServerInfo(Message):
     """What this server can send with."""
     max_row_tokens: int = Field(gt=0)
     """Longer rows are refused."""
+    max_document_tokens: int | None = Field(None, gt=0)
+    """Rows with longer documents are refused."""
+    capture_layers: tuple[int, ...] | None = None
+    """What sessions may ask for; None is any layer of the target."""
     lossy: bool = False
     """Several rows share a forward: features depend in the last bits on what else is asked for."""
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from paceline.errors import ConfigError, PacelineError, ServerBusyError, StoppedError
 from paceline.schema.features import Features, FeatureSpec
+from paceline.schema.limits import Limits
 from paceline.schema.rows import RowRequest
 from paceline.schema.target_info import TargetInfo
 from paceline.target.interface import Engine
@@ -71,6 +72,10 @@ class Admission:
         """The engine's facts about its target."""
         return self._engine.info()
 
+    def limits(self) -> Limits:
+        """What the engine takes."""
+        return self._engine.limits()
+
     def open_session(self, specs: Mapping[str, FeatureSpec], max_queued_rows: int | None = None) -> str:
         """The id of a new session that may ask for the named `specs`.
 
@@ -78,17 +83,24 @@ class Admission:
             max_queued_rows: of this session; None is what all have.
 
         Raises:
-            ConfigError: a capture layer that the target does not have.
+            ConfigError: a capture layer that the target does not have, or the engine was not started for.
             ServerBusyError: `max_sessions` are open.
             StoppedError: after `close`.
         """
-        num_layers = self._engine.info().num_layers
+        num_layers, started_for = self._engine.info().num_layers, self._engine.limits().layers
         for name, spec in specs.items():
             missing = [layer for layer in spec.layers if not 0 <= layer < num_layers]
             if missing:
                 raise ConfigError(
                     f"features {name!r} ask for capture layers {missing}, {self._engine.info().name} has "
                     f"0..{num_layers - 1}: correct drafts.NAME.target_layers"
+                )
+            missing = [] if started_for is None else sorted(set(spec.layers) - set(started_for))
+            if missing:
+                raise ConfigError(
+                    f"features {name!r} ask for capture layers {missing}, {self._engine.info().name} is served by an "
+                    f"engine that was started for {list(started_for or ())}: start it for all of them "
+                    "(target.capture_layers)"
                 )
         with self._changed:
             self._check_open()

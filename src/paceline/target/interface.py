@@ -8,6 +8,7 @@ from typing import Protocol
 
 from paceline.errors import PacelineError
 from paceline.schema.features import Features, FeatureSpec
+from paceline.schema.limits import Limits
 from paceline.schema.rows import RowRequest
 from paceline.schema.target_info import TargetInfo
 
@@ -23,6 +24,9 @@ class Engine(Protocol):
 
     def info(self) -> TargetInfo:
         """The facts about the loaded target; the same object every time."""
+
+    def limits(self) -> Limits:
+        """What `capture` takes; the same every time."""
 
     def capture(self, request: RowRequest, spec: FeatureSpec) -> Future[Features]:
         """Compute features of one row.

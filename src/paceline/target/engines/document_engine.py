@@ -27,12 +27,13 @@ from paceline.errors import (
     TransportError,
 )
 from paceline.schema.features import Features, FeatureSpec
+from paceline.schema.limits import Limits
 from paceline.schema.rows import RowRequest
 from paceline.schema.target_info import TargetInfo
 from paceline.target.checks import check_request
 from paceline.target.engines.interface import CapturedDocument, DocumentServer
+from paceline.target.engines.next_tokens import find_other_token
 from paceline.target.engines.outer_parts import OuterParts
-from paceline.target.hf.capture import apply_logit_transform
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +42,6 @@ _VERDICT_S = 30.0
 """Whoever watches the server knows sooner whether it is gone: a child's end takes some seconds after that of its core,
 an attached one is missed after three looks in vain."""
 _LOOK_EVERY_S = 1.0
-_LOGIT_TOLERANCE = 5e-2
-"""Of the largest logit; Engine and torch round differently, and a tie may go either way."""
 
 
 @dataclass(slots=True, eq=False)
@@ -55,6 +54,8 @@ class _Row:
     submitted_s: float
     num_missing: int
     """Documents whose states are not in their place yet."""
+    next_tokens: list[int]
+    """The engine's own, after each document; -1 where it has not answered yet."""
     states: Tensor | None = None
     """[T, L, H] on the host, pinned if a GPU will read it; from the first answer on."""
     started_s: float | None = None
@@ -78,6 +79,7 @@ class DocumentEngine:
         """
         self._server, self._outer = server, outer
         self._max_documents, self._max_tokens = config.engine_documents, config.engine_tokens
+        self._chunk_tokens = config.vocab_chunk_tokens
         self._lock = threading.Lock()
         self._rows: set[_Row] = set()
         self._ended: PacelineError | None = None
@@ -97,6 +99,11 @@ class DocumentEngine:
         """The facts about the target; the same object every time."""
         return self._outer.info
 
+    def limits(self) -> Limits:
+        """The layers that the server was started for, and the longest document that it takes."""
+        longest = min(self._server.max_tokens, self.info().max_position_embeddings)
+        return Limits(self._server.layers, longest)
+
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The target's tokenizer."""
@@ -106,7 +113,7 @@ class DocumentEngine:
         """Compute features of one row; rows are answered when the last of their documents is."""
         future: Future[Features] = Future()
         num_documents = len(request.documents) - 1
-        row = _Row(request, spec, future, time.monotonic(), num_documents)
+        row = _Row(request, spec, future, time.monotonic(), num_documents, [-1] * num_documents)
         try:
             self._check(request, spec)
             with self._lock:
@@ -200,8 +207,9 @@ class DocumentEngine:
                 return
         start, end = row.request.documents[document : document + 2].tolist()
         try:
-            hidden = self._checked(self._server.capture(row.request.tokens[start:end]), end - start)
-            self._place(row, hidden, start)
+            captured = self._server.capture(row.request.tokens[start:end])
+            row.next_tokens[document] = captured.next_token
+            self._place(row, self._checked(captured, end - start), start)
         except TransportError as error:
             self._look_after(error)
             self._end(row, error)
@@ -279,6 +287,8 @@ class DocumentEngine:
         final = self._outer.norm(packed[:, -1]) if wanted else None
         tensors = self._outer.capture.complete(packed[:, slots], final, row.request, spec)
         finite = bool(tensors["finite"])
+        if finite:  # whoever asked says what is to be done about numbers that are not
+            self._check_next_tokens(row, packed)
         begin_s, self._last_end_s = max(row.started_s, self._last_end_s), time.monotonic()
         return Features(
             layers=spec.layers,
@@ -292,6 +302,16 @@ class DocumentEngine:
             queued_s=begin_s - row.submitted_s,
             computed_s=self._last_end_s - begin_s,  # rows are out together: their times do not overlap
         )
+
+    def _check_next_tokens(self, row: _Row, packed: Tensor) -> None:
+        """Raise unless every document's states lead to the token that came with them; `packed` is [T, L, H]."""
+        last = torch.from_numpy(row.request.documents[1:].astype(np.int64) - 1).to(packed.device)
+        other = find_other_token(self._outer, packed[last, -1], row.next_tokens, self._chunk_tokens)
+        if other is not None:
+            raise CaptureMismatchError(
+                f"{self._server.name} answered document {other.document} of row {row.request.position} with {other}: "
+                "were the weights of its lm_head replaced, or are these states another request's?"
+            )
 
     def _end(self, row: _Row, outcome: Features | BaseException) -> None:
         """Answer a row, once: the first outcome counts."""
@@ -318,14 +338,10 @@ class DocumentEngine:
         info, outer = self.info(), self._outer
         tokens = np.linspace(0, info.num_tokenizer_tokens - 1, _NUM_PROBE_TOKENS).astype(np.int32)
         document = self._server.capture(tokens)
-        final = outer.norm(self._checked(document, len(tokens))[-1:, -1].to(outer.device))
-        logits = apply_logit_transform(outer.lm_head(final), info.logit_transform)[0]
-        missed_by = float(logits.max() - logits[document.next_token])
-        if not missed_by <= _LOGIT_TOLERANCE * max(1.0, float(logits.abs().max())):
-            raise TargetError(
-                f"{self._server.name} says token {document.next_token} where {info.name} says {int(logits.argmax())} "
-                f"after its own hidden states (logits differ by {missed_by:.3g}): does it run another checkpoint?"
-            )
+        last = self._checked(document, len(tokens))[-1:, -1]
+        other = find_other_token(outer, last, [document.next_token], self._chunk_tokens)
+        if other is not None:
+            raise TargetError(f"{self._server.name} answers with {other}: does it run another checkpoint?")
 
 
 def _bytes(tensor: Tensor) -> np.ndarray:

@@ -83,6 +83,8 @@ class EngineKind:
     """Of its environment, where ours does not have them."""
     spreading: tuple[str, ...]
     """Options that say over how many GPUs a target is spread, with dashes; a short one with its dash in front."""
+    step_options: tuple[str, ...]
+    """Options that say how many tokens are computed at once: longer prompts are cut there."""
     command: Callable[[TargetConfig, EngineProgram, Path, EngineAddress], list[str]]
     """(config, program, checkpoint, address): the command line of a server, without its key. Raises ConfigError for
     options that are set here."""

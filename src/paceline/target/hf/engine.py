@@ -27,6 +27,7 @@ from paceline.errors import (
     TargetError,
 )
 from paceline.schema.features import Features, FeatureSpec
+from paceline.schema.limits import Limits
 from paceline.schema.rows import RowRequest
 from paceline.schema.target_info import TargetInfo
 from paceline.target.checks import check_request
@@ -144,6 +145,10 @@ class HFEngine:
     def info(self) -> TargetInfo:
         """The facts about the loaded target; the same object every time."""
         return self._loaded.info
+
+    def limits(self) -> Limits:
+        """Documents of as many tokens as the target has positions."""
+        return Limits(max_document_tokens=self.info().max_position_embeddings)
 
     def capture(self, request: RowRequest, spec: FeatureSpec) -> Future[Features]:
         """Compute features of one row; rows are answered in the order they were submitted."""

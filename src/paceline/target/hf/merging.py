@@ -17,6 +17,7 @@ import numpy as np
 
 from paceline.errors import EngineLostError, StoppedError
 from paceline.schema.features import Features, FeatureSpec
+from paceline.schema.limits import Limits
 from paceline.schema.rows import RowRequest
 from paceline.schema.target_info import TargetInfo
 from paceline.target.interface import Engine
@@ -53,6 +54,10 @@ class MergingEngine:
     def info(self) -> TargetInfo:
         """The engine's facts, but for `deterministic`."""
         return self._info
+
+    def limits(self) -> Limits:
+        """The engine's."""
+        return self._engine.limits()
 
     def capture(self, request: RowRequest, spec: FeatureSpec) -> Future[Features]:
         """Compute features of one row, alone or with others."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from paceline.errors import ConfigError, OutOfMemoryError, StoppedError, TargetError
+from paceline.errors import ConfigError, OutOfMemoryError, StoppedError, TargetError, TransportError
 from paceline.schema.features import Features, FeatureSpec
 from paceline.schema.rows import RowRequest
 from paceline.target.interface import Engine
@@ -96,6 +96,7 @@ def run_selftest(
     layers: Sequence[int],
     tolerance: Tolerance,
     num_far: int = 1,
+    unproven: str | None = None,
     stop: threading.Event | None = None,
 ) -> SelfTestResult:
     """Send the known texts through `engine`, each alone and all in one row, all of it twice; the far one if it can.
@@ -103,14 +104,15 @@ def run_selftest(
     Args:
         layers: capture layers to compare, ascending.
         num_far: copies of the far text, if there is one.
+        unproven: what they do not prove.
 
     Raises:
         PacelineError: the engine fails on one of them.
-        TargetError: it does not answer.
+        TransportError: it does not answer.
         StoppedError: `stop` was set.
     """
     spec = FeatureSpec(tuple(layers), final_hidden="all", greedy=True)
-    answers, unproven = _ask(engine, texts, spec, num_far, stop or threading.Event())
+    answers, more_unproven = _ask(engine, texts, spec, num_far, stop or threading.Event())
     comparison = Comparison(texts, reference, layers, answers, tolerance)
     worst = [comparison.worst(what) for what in comparison.whats]
     lines = [
@@ -133,7 +135,7 @@ def run_selftest(
         tolerance,
         reference.dtype,
         diagnose(comparison),
-        unproven,
+        "; ".join(what for what in (more_unproven, unproven) if what) or None,
     )
 
 
@@ -183,7 +185,7 @@ def _wait(future: Future[Features], capture: Capture, stop: threading.Event) -> 
         if future in wait_for_any([future], _LOOK_EVERY_S).done:
             return future.result()
         if time.monotonic() > deadline:
-            raise TargetError(f"the engine did not answer within {_ANSWER_S:.0f} s to the self-test ({capture})")
+            raise TransportError(f"the engine did not answer within {_ANSWER_S:.0f} s to the self-test ({capture})")
     raise StoppedError("stopped during the self-test")
 
 

@@ -19,8 +19,8 @@ _NUM_FAR = 2304
 _FAR_EVERY, _FAR_WINDOW, _FAR_TAIL = 256, 32, 16
 """Of the far text the last 32 of each 256 tokens are compared: its states in whole would be most of a reference. The
 last 16 are judged by themselves: a chunk that ends the text may be short."""
-_FAR_COPIES = 8
-"""Together they are 18,432 tokens: more than engines compute at once by default on the largest GPUs (16,384)."""
+_MOST_FAR_COPIES = 32
+"""Together they are 73,728 tokens."""
 _SHORT_TEXTS = {"one token": (1, 6), "five tokens": (5, 2), "eight tokens": (8, 2)}
 """Tokens, and how many such texts: one alone may be sent to other experts (`Tolerance.routed`)."""
 _EDGE = 32
@@ -163,11 +163,11 @@ def has_room_for_far(num_positions: int) -> bool:
     return num_positions > _NUM_FAR
 
 
-def num_far_captures(computes_documents_together: bool) -> int:
-    """How often the far text is asked for at one time.
+def num_far_captures(step_tokens: int) -> tuple[int, bool]:
+    """How often the far text is asked for at one time, and whether that is more than the engine computes at once.
 
     Args:
-        computes_documents_together: whether the engine does, on a GPU: it takes so many tokens at once that one far
-            text fits.
+        step_tokens: which that is.
     """
-    return _FAR_COPIES if computes_documents_together else 1
+    wanted = step_tokens // _NUM_FAR + 1
+    return min(wanted, _MOST_FAR_COPIES), wanted <= _MOST_FAR_COPIES

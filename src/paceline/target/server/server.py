@@ -122,7 +122,7 @@ class TargetServer:
             logger.warning("the HTTP thread has not ended after %g s", _REPLIES_END_S + 2.0)
 
     def _build_app(self, target: ServedTarget, settings: ServerSettings, metrics: ServerMetrics) -> ASGIApp:
-        info = target.admission.info()
+        info, limits = target.admission.info(), target.admission.limits()
         server_info = ServerInfo(
             protocol=PROTOCOL_VERSION,
             server_id=self.server_id,
@@ -131,6 +131,8 @@ class TargetServer:
             host=target.host,
             transports=tuple(target.senders),
             max_row_tokens=settings.max_row_tokens,
+            max_document_tokens=limits.max_document_tokens,
+            capture_layers=limits.layers,
             lossy=target.lossy,
         )
         control = ControlCalls(server_info, target.tokenizer, self.sessions, settings, self.health, metrics)

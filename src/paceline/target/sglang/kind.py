@@ -13,6 +13,7 @@ SGLANG = EngineKind(
     # It is given a directory. Its first request may compile kernels for minutes: ours to say for how many.
     variables={"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "SGLANG_WARMUP_TIMEOUT": "86400"},
     spreading=SPREADING,
+    step_options=("chunked-prefill-size",),
     command=sglang_command,
     own_words=own_words,
     shell_command=lambda command, key: f"{command} --api-key {key}",

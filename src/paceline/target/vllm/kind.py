@@ -17,6 +17,7 @@ VLLM = EngineKind(
         "VLLM_HOST_IP": "127.0.0.1",  # where its own processes meet
     },
     spreading=SPREADING,
+    step_options=("max-num-batched-tokens",),
     command=vllm_command,
     own_words=own_words,
     shell_command=lambda command, key: f"{KEY}={key} {command}",

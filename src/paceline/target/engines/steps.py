@@ -1,0 +1,38 @@
+"""How many tokens an engine computes at once, as far as that is known before it is asked."""
+
+from __future__ import annotations
+
+import re
+
+from paceline.config.target import TargetConfig
+from paceline.target.engines.flags import find_options, option_name
+from paceline.target.engines.interface import EngineKind
+
+_GPU_TOKENS = 16_384
+"""The most that engines choose by themselves, on the largest GPUs."""
+_CPU_TOKENS = 2048
+"""For each process of a vLLM on a CPU."""
+_NUMBER = re.compile(r"(\d+(?:\.\d+)?)([kKmM]?)")
+_UNITS = {"": 1, "k": 1000, "K": 1024, "m": 10**6, "M": 2**20}
+
+
+def step_tokens(kind: EngineKind, config: TargetConfig, on_gpu: bool) -> int:
+    """What `target.engine_args` say, or more: of a smaller step than the engine's own nothing else is known."""
+    own = _GPU_TOKENS if on_gpu else _CPU_TOKENS * _num_processes(kind, config)
+    return max([own, *_numbers(config, kind.step_options)])
+
+
+def _num_processes(kind: EngineKind, config: TargetConfig) -> int:
+    spread = 1
+    for number in _numbers(config, kind.spreading):
+        spread *= max(1, number)
+    return max(spread, config.tensor_parallel)
+
+
+def _numbers(config: TargetConfig, options: tuple[str, ...]) -> list[int]:
+    """Values of the options that are given, vLLM's own units (8k, 8K) understood."""
+    found = []
+    for name, value in config.engine_args.items():
+        if find_options({option_name(name): value}, options) and (number := _NUMBER.fullmatch(str(value))):
+            found.append(int(float(number[1]) * _UNITS[number[2]]))
+    return found
