@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from paceline.config.target import TargetConfig
-from paceline.launch.selftest import SelfTest, prepare_selftest
+from paceline.errors import TargetError
+from paceline.launch.selftest import SelfTest, observe_own, prepare_selftest
+from paceline.launch.serve import _prove
+from paceline.schema.features import Features, FeatureSpec
+from paceline.schema.rows import RowRequest
 from paceline.target.hf.engine import HFEngine
 from paceline.target.selftest.run import SelfTestResult, run_selftest
 from paceline.target.selftest.tolerance import choose_tolerance
@@ -55,6 +62,49 @@ def engine(config: TargetConfig) -> Iterator[HFEngine]:
 
 def result_of(test: SelfTest, engine: object) -> SelfTestResult:
     return run_selftest(engine, test.texts, test.reference, LAYERS, test.tolerance)  # type: ignore[arg-type]
+
+
+class Changed(HFEngine):
+    """The hf engine, with features as a test says."""
+
+    change: Callable[[Features], Features]
+
+    def capture(self, request: RowRequest, spec: FeatureSpec) -> Future[Features]:
+        future: Future[Features] = Future()
+        future.set_result(self.change(super().capture(request, spec).result(60)))
+        return future
+
+
+def rounded(features: Features) -> Features:
+    assert features.final_hidden is not None
+    return replace(features, hidden=features.hidden * (1 + 2**-7), final_hidden=features.final_hidden * (1 + 2**-7))
+
+
+def mixed_up(features: Features) -> Features:
+    return replace(features, hidden=features.hidden.roll(1, 0))
+
+
+def test_a_server_of_transformers_compares_with_float32_before_it_refuses(
+    config: TargetConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two ways to compute in bf16 differ by more than a limit on some targets: rounding alone, or a fault?"""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def strict(config: TargetConfig, engine: HFEngine) -> SelfTest:
+        test = observe_own(config, engine)
+        return replace(test, tolerance=replace(test.tolerance, relative=5e-3))
+
+    monkeypatch.setattr("paceline.launch.serve.observe_own", strict)
+    with contextlib.closing(Changed(config)) as engine, caplog.at_level(logging.INFO):
+        engine.change = lambda features: features
+        _prove(config, engine, None, threading.Event())
+        assert "float32 tells" not in caplog.text
+        engine.change = rounded
+        _prove(config, engine, None, threading.Event())
+        assert "float32 tells how much of that is rounding" in caplog.text
+        engine.change = mixed_up
+        with pytest.raises(TargetError, match=r"transformers \(hf\) does not compute this target"):
+            _prove(config, engine, None, threading.Event())
 
 
 def test_a_right_engine_passes_where_fixed_limits_would_refuse_it(test: SelfTest, engine: HFEngine) -> None:

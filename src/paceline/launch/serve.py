@@ -138,6 +138,11 @@ def _prove(config: TargetConfig, engine: ServedEngine, test: SelfTest | None, st
             return
         assert isinstance(engine, HFEngine), "other engines have a reference that was made beforehand"
         test = observe_own(config, engine)
+        problem = test.run(config, engine, stop).problem
+        if problem is None:
+            return
+        logger.info("compared with the loaded model: %s; float32 tells how much of that is rounding", problem)
+        test = prepare_selftest(config, stop)
     test.run(config, engine, stop).check(engine_name(config))
 
 

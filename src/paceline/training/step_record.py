@@ -164,7 +164,8 @@ class StepLog:
                     num_bytes=new["bytes_received"] - old.get("bytes_received", 0.0),
                     target_tokens=new["target_tokens"] - old.get("target_tokens", 0.0),
                     target_s=new["target_s"] - old.get("target_s", 0.0),
-                    server_s=interval_s * new["sessions"],
+                    # The last interval of a run that is stopped ends with its sessions.
+                    server_s=interval_s * max(old.get("sessions", 0.0), new["sessions"]),
                 )
             )
         verdict = judge(across_ranks(windows), len(windows))
