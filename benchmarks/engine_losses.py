@@ -178,10 +178,10 @@ def write(arguments: argparse.Namespace, figures: dict[str, object]) -> None:
 def compare(found: dict[str, dict[str, list[float]]], arguments: argparse.Namespace) -> bool:
     """Whether all drafts agree; prints a line of JSON for each."""
     agree = True
-    for draft, ours in found["hf"].items():
-        theirs = found[arguments.engine][draft]
-        steps = min(len(ours), len(theirs))  # of runs that were cut off, those that both made
-        ours, theirs = ours[:steps], theirs[:steps]
+    for draft in found["hf"]:
+        both = [found[engine][draft] for engine in ("hf", arguments.engine)]
+        steps = min(map(len, both))  # of runs that were cut off, those that both made
+        ours, theirs = (one[:steps] for one in both)
         differences = [abs(one - other) / abs(one) for one, other in zip(ours, theirs, strict=True)]
         quarter = -max(1, len(ours) // 4)
         ends = [statistics.fmean(values[quarter:]) for values in (ours, theirs)]

@@ -1,4 +1,7 @@
-"""AWQ and GPTQ checkpoints in vLLM and SGLang themselves on a GPU; which Pythons have them: see test_gpu_engines.py."""
+"""AWQ and GPTQ checkpoints, and fp8 made while loading, in vLLM and SGLang themselves on a GPU.
+
+Which Pythons have them: see test_gpu_engines.py.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -29,3 +32,17 @@ def test_it_computes_what_its_weights_mean(name: str, kind: str, target: Path, t
         result = replace(test, tolerance=limits).run(config, engine)
     print("\n".join(result.describe()))
     assert result.problem is None
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_fp8_made_while_loading_is_compared_within_its_own_limits(name: str, target: Path):  # noqa: F811
+    """And is further from transformers than bf16 is allowed to be, so that those limits are needed."""
+    assert name in PYTHONS, "set PACELINE_TEST_VLLM or PACELINE_TEST_SGLANG to the Python that has it"
+    plain = config_of(name, target)
+    config = plain.model_copy(update={"engine_args": plain.engine_args | {"quantization": "fp8"}})
+    with open_engine(config) as engine:
+        result = prepare_selftest(config).run(config, engine)
+    print("\n".join(result.describe()))
+    assert result.problem is None
+    assert str(result.tolerance) == "compared within 0.2 and cosine 0.98: fp8 weights"
+    assert max(line.relative for line in result.lines) > choose_tolerance("bfloat16").relative
