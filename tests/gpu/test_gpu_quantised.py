@@ -44,5 +44,5 @@ def test_fp8_made_while_loading_is_compared_within_its_own_limits(name: str, tar
         result = prepare_selftest(config).run(config, engine)
     print("\n".join(result.describe()))
     assert result.problem is None
-    assert str(result.tolerance) == "compared within 0.2 and cosine 0.98: fp8 weights"
+    assert str(result.tolerance) == "compared within 0.3 and cosine 0.955: fp8 weights"
     assert max(line.relative for line in result.lines) > choose_tolerance("bfloat16").relative

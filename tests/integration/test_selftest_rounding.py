@@ -12,6 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
 from paceline.config.target import TargetConfig
 from paceline.errors import TargetError
@@ -105,6 +107,34 @@ def test_a_server_of_transformers_compares_with_float32_before_it_refuses(
         engine.change = mixed_up
         with pytest.raises(TargetError, match=r"transformers \(hf\) does not compute this target"):
             _prove(config, engine, None, threading.Event())
+
+
+def in_fp8(tensor: Tensor) -> Tensor:
+    """As engines round by one scale for a whole tensor."""
+    scale = tensor.abs().max() / torch.finfo(torch.float8_e4m3fn).max
+    return (tensor / scale).to(torch.float8_e4m3fn).to(tensor.dtype) * scale
+
+
+def test_weights_and_activations_in_fp8_pass_within_the_limits_of_fp8_and_of_no_other(
+    config: TargetConfig, test: SelfTest
+) -> None:
+    """The format's own rounding, in torch: more than the limits of most targets on one that makes much of any."""
+    fp8 = choose_tolerance("bfloat16", "fp8")
+    with contextlib.closing(HFEngine(config)) as engine:
+        for module in engine.model.get_submodule("model.layers").modules():
+            if isinstance(module, torch.nn.Linear):
+                module.weight.data = in_fp8(module.weight.data)
+                module.register_forward_pre_hook(lambda _, inputs: (in_fp8(inputs[0]),))
+        right, wrong, later = (
+            run_selftest(one, test.texts, test.reference, LAYERS, fp8)
+            for one in (engine, WrongEngine(engine, next_layer), WrongEngine(engine, shifted_by_one))
+        )
+        assert result_of(test, engine).problem is not None
+    assert right.problem is None
+    assert fp8.relative < max(line.relative for line in right.lines) < 0.5
+    assert "wider, 16 times what transformers' own rounding makes of this target: layer 6" in right.describe()[-1]
+    assert "layer 1 asked, layer 2's output received" in str(wrong.problem)
+    assert "tokens are shifted by one" in str(later.problem)
 
 
 def test_a_right_engine_passes_where_fixed_limits_would_refuse_it(test: SelfTest, engine: HFEngine) -> None:

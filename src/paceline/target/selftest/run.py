@@ -86,7 +86,8 @@ class SelfTestResult:
         if not limits:
             return []
         shown = ", ".join(f"{name} {limit:.3g}" for name, limit in limits.items())
-        return [f"wider, twice what transformers' own rounding makes of this target: {shown}"]
+        many = "twice" if self.tolerance.roundings == 2 else f"{self.tolerance.roundings:g} times"
+        return [f"wider, {many} what transformers' own rounding makes of this target: {shown}"]
 
 
 def run_selftest(
