@@ -27,6 +27,7 @@ from paceline.client.remote import RemoteConnection
 from paceline.config.placement import PoolConfig, TransportConfig
 from paceline.schema.features import Features, FeatureSpec
 from paceline.schema.layout import layout_bytes, reply_layout
+from paceline.schema.limits import Limits
 from paceline.schema.protocol import TransportName
 from paceline.schema.rows import RowRequest
 from paceline.schema.target_info import RopeInfo, TargetInfo
@@ -75,6 +76,9 @@ class ReadyEngine:
 
     def info(self) -> TargetInfo:
         return target_info()
+
+    def limits(self) -> Limits:
+        return Limits()
 
     def room(self) -> int:
         return 2

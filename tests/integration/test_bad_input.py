@@ -12,22 +12,33 @@ Shown elsewhere, through the same functions:
 
 from __future__ import annotations
 
+import io
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from paceline.config.loading import build_config
 from paceline.config.run import RunConfig
-from paceline.errors import CheckpointError, ConfigError, DataError, DraftError, RunDirectoryError, TargetError
+from paceline.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DraftError,
+    HandshakeError,
+    RunDirectoryError,
+    TargetError,
+)
 from paceline.launch.evaluate import evaluate_run
 from paceline.launch.export import export_run
+from paceline.launch.record import RecordOptions, record
 from paceline.launch.run import open_run
 from paceline.launch.trained import load_run_config
 from tiny import save_tiny_target
-from whole_run import losses, run, run_config, run_table, write_data, write_lines
+from whole_run import QuietSignals, losses, run, run_config, run_table, write_data, write_lines
 
 
 @pytest.fixture(scope="module")
@@ -218,6 +229,18 @@ def test_options_of_an_engine_may_change_unless_they_change_what_is_computed(
     else:
         with pytest.raises(RunDirectoryError, match=re.escape(differs) + "(.|\n)*or set these back"):
             open_run(second)
+
+
+def test_documents_longer_than_the_target_takes_are_refused_before_the_first_row(data: Path, tmp_path: Path) -> None:
+    """By a run, and by a recording."""
+    target = save_tiny_target(tmp_path / "target", max_position_embeddings=16)
+    message = r"longest document of these rows has \d\d tokens, .* takes 16: lower data.row_tokens"
+    config = run_config(tmp_path / "run", target, data)
+    with pytest.raises(HandshakeError, match=message):
+        run(config)
+    assert not (tmp_path / "run/metrics.jsonl").exists() or not (tmp_path / "run/metrics.jsonl").read_text()
+    with pytest.raises(HandshakeError, match=message):
+        record(config, RecordOptions(tmp_path / "recording", False), QuietSignals(), Console(file=io.StringIO()))
 
 
 def test_another_target_under_the_same_name_is_refused_with_both_fingerprints(

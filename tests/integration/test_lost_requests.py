@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from paceline.target.engines.interface import CapturedDocument, EngineAddress
 from paceline.target.engines.outer_parts import load_outer_parts
 from paceline.target.engines.own_files import OwnFiles
 from paceline.target.hf.engine import HFEngine
+from paceline.target.interface import SELFTEST
 from paceline.target.vllm.requests import VLLMRequests
 from tiny import tiny_request
 
@@ -49,6 +51,8 @@ class Documents:
         """States that answers lack, from now on."""
         self.swaps: dict[int, int] = {}
         """A document of so many tokens gets the states of another text: its seed."""
+        self.spoiled = 0
+        """Documents of so many tokens have a last state that is not finite."""
         self.says: int | None = None
         """What it says instead of its next token."""
 
@@ -63,6 +67,9 @@ class Documents:
             other = tiny_request((len(tokens),), seed=self.swaps[len(tokens)])
             hidden = self.engine.capture(other, SPEC).result(60).hidden
         says = int(features.greedy[-1]) if self.says is None else self.says
+        if len(tokens) == self.spoiled:
+            hidden = hidden.clone()
+            hidden[0, -1] = torch.inf
         return CapturedDocument(hidden[self.num_lost :], [0, 3], says)
 
     def is_alive(self) -> bool:
@@ -136,18 +143,35 @@ def test_a_server_that_nobody_misses_and_that_never_is_well_again_is_given_up(
 def test_a_token_that_does_not_follow_from_the_states_beside_it_is_refused(
     engine: DocumentEngine, documents: Documents
 ) -> None:
-    """So states of another request are noticed, of another length or not."""
+    """So states of another request are noticed. The row can be asked for again."""
     rows = [tiny_request((5, 1, 7), seed=seed) for seed in range(4)]
     assert all(engine.capture(row, SPEC).result(30).finite for row in rows)
     documents.swaps = {5: 3, 1: 9}
     row = tiny_request((7, 5, 7), seed=9)
-    with pytest.raises(CaptureMismatchError, match=r"Server 7 answered document 1 of row 9 with token \d+ where"):
+    with pytest.raises(TransportError, match=r"Server 7 answered document 1 of row 9 with token \d+ where"):
         engine.capture(row, FeatureSpec((0,))).result(30)
     documents.swaps = {}
     assert engine.capture(row, SPEC).result(30).finite
     documents.says = 1_000_000
-    with pytest.raises(CaptureMismatchError, match="document 0 of row 9 with token 1000000 where"):
+    with pytest.raises(TransportError, match="document 0 of row 9 with token 1000000 where"):
         engine.capture(row, SPEC).result(30)
+
+
+def test_what_a_self_test_asks_for_is_answered_for_it_to_judge(engine: DocumentEngine, documents: Documents) -> None:
+    documents.swaps = {5: 3}
+    row = replace(tiny_request((5,), seed=9), spec=SELFTEST)
+    assert engine.capture(row, SPEC).result(30).finite
+
+
+@pytest.mark.parametrize("spec", [FeatureSpec((0,)), FeatureSpec((0,), final_hidden="supervised")])
+def test_states_that_nobody_asked_for_need_not_be_finite(
+    engine: DocumentEngine, documents: Documents, spec: FeatureSpec
+) -> None:
+    documents.spoiled = 1
+    row = replace(tiny_request((1, 5), seed=2), spans=np.array([[2, 5]], np.int32))
+    features = engine.capture(row, spec).result(30)
+    assert features.finite
+    assert features.hidden.isfinite().all()
 
 
 def test_fewer_states_than_tokens_are_refused(engine: DocumentEngine, documents: Documents) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
 import time
@@ -28,6 +29,7 @@ from paceline.errors import (
     WireError,
 )
 from paceline.schema.features import Features, FeatureSpec
+from paceline.schema.limits import Limits
 from paceline.schema.protocol import CHECKSUM_HEADER, ServerInfo
 from paceline.schema.rows import RowRequest, request_features
 from paceline.schema.wire import checksum
@@ -258,6 +260,23 @@ def info_body(**changes: object) -> bytes:
     with serve(SmallEngine()) as server:
         info: ServerInfo = calls_to(server.url).info()
     return info.model_copy(update=changes).model_dump_json().encode()
+
+
+def test_limits_of_an_engine_are_known_before_the_first_row() -> None:
+    class Limited(SmallEngine):
+        def limits(self) -> Limits:
+            return Limits(layers=(0, 2), max_document_tokens=99)
+
+    with serve(Limited()) as server:
+        connection = connect(server.url)
+        assert connection.limits() == Limits((0, 2), 99, connection.server_info().max_row_tokens)
+        connection.close()
+
+
+def test_a_server_of_a_later_version_may_say_more() -> None:
+    body = json.dumps(json.loads(info_body()) | {"something_new": [1]}).encode()
+    with talking(reply(body)) as (url, _):
+        assert calls_to(url).info().target == small_info()
 
 
 def test_a_connection_that_the_server_closed_while_idle_is_replaced_silently() -> None:

@@ -171,12 +171,22 @@ def test_limits_as_wide_as_of_four_bits_still_tell_neighbours_apart(test: SelfTe
         (None, "bfloat16", 3e-2),
         ("fp8", "fp8 weights", 0.3),
         ({"quant_method": "gptq", "bits": 4}, "gptq weights", 0.35),
-        ({"quant_method": "gptq", "bits": 8}, "gptq weights", 0.3),
+        ({"quant_method": "gptq", "bits": 8}, "gptq weights", 0.2),
         (
             {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": {"num_bits": 8}}}},
             "compressed-tensors 8 bit weights",
+            0.2,
+        ),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "config_groups": {"group_0": {"weights": {"num_bits": 8}, "input_activations": {"num_bits": 8}}},
+            },
+            "compressed-tensors 8 bit weights",
             0.3,
         ),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes 8 bit weights", 0.3),
+        ("w8a8_int8", "w8a8_int8 weights", 0.3),
         ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "modelopt nvfp4 weights", 0.35),
         ({"quant_method": "something new"}, "something new weights", 0.35),
     ],
@@ -185,6 +195,8 @@ def test_limits_as_wide_as_of_four_bits_still_tell_neighbours_apart(test: SelfTe
 def test_limits_are_those_of_the_format_and_name_it(quantisation: object, name: str, relative: float) -> None:
     limits = choose_tolerance("bfloat16", quantisation)  # type: ignore[arg-type]
     assert (limits.name, limits.relative) == (name, relative)
+    coarse = name not in ("bfloat16", "gptq weights", "something new weights") and relative != 0.2
+    assert limits.widened(0.04).relative == (0.5 if coarse else max(relative, 0.08))
     assert name in str(limits)
 
 

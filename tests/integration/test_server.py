@@ -122,6 +122,7 @@ def test_a_server_says_what_it_is(engine: SmallEngine) -> None:
         info = talk.ask("GET", "/v1/info").json()
         assert info["target"] == small_info().model_dump(mode="json")
         assert (info["max_row_tokens"], info["transports"], info["lossy"]) == (4321, ["http"], False)
+        assert (info["max_document_tokens"], info["capture_layers"]) == (None, None)
         assert talk.ask("GET", "/v1/tokenizer").json() == {"tokenizer.json": "{}"}
         health = talk.ask("GET", "/healthz").json()
         assert (health["status"], health["server_id"]) == ("ok", info["server_id"])

@@ -322,6 +322,18 @@ def test_the_command_for_an_engine_of_ones_own_names_hooks_and_key(tiny_target: 
     assert {hook["config"]["directory"] for hook in hooks} == {str(tmp_path)}
 
 
+def test_what_a_self_test_runs_into_comes_with_the_log(
+    tiny_target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("paceline.target.engines.process._LAST_WORDS_S", 0.1)
+    with (
+        stand_in_installed(tmp_path / "package"),
+        pytest.raises(TargetError, match=r"(?s)no states came\nThe last lines of the log of SGLang 0.5.14:\n.*\w"),
+        open_engine(target_config(tiny_target)),
+    ):
+        raise TransportError("no states came")
+
+
 def test_errors_are_ours(tiny_target: Path, tmp_path: Path):
     with (
         stand_in_installed(tmp_path / "package"),

@@ -28,6 +28,24 @@ def record(step: int, sessions: float) -> StepRecord:
     )
 
 
+def test_a_run_that_is_stopped_in_its_first_interval_is_one_with_servers() -> None:
+    log = StepLog({}, Ranks(threading.Event()))
+    log.append(record(1, 1.0))
+    log.append(record(2, 0.0))
+    *_, line = log.read()
+    assert line["balance"]["num_servers"] >= 1
+
+
+def test_servers_that_left_in_an_interval_are_not_counted() -> None:
+    log = StepLog({}, Ranks(threading.Event()))
+    found = []
+    for step, sessions in ((1, 8.0), (2, 1.0)):
+        log.append(record(step, sessions))
+        (line,) = log.read()
+        found.append(line["balance"]["num_servers"])
+    assert found[1] == 1
+
+
 def test_the_last_interval_of_a_stopped_run_is_one_with_servers() -> None:
     """Its stream is closed by then, and its sessions with it; a target inline has none from the beginning."""
     log = StepLog({}, Ranks(threading.Event()))

@@ -254,11 +254,11 @@ class Membership:
     def _open(self, name: str, connection: Connection) -> None:
         info = connection.info()
         check_specs(name, info, self._specs)
-        check_limits(name, connection.limits(), self._specs, self._sizes)
         with self._changed:
             self._info = self._info or info
             expected = self._info
         check_target(name, info, expected)
+        check_limits(name, connection.limits(), self._specs, self._sizes)
         connection.open_session(self._specs, self._group)
 
     def _bring_in(self, member: _Member, link: Link) -> None:

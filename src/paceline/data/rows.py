@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from paceline.data.packing import RowPlan
@@ -43,13 +45,16 @@ class RowSource:
 
     def sizes(self, num_positions: int) -> RowSizes:
         """The largest of the rows at the first positions of the stream."""
-        if not self.num_rows or not num_positions:
+        rows = self._plan.row_order(0)[:num_positions]  # each row once before one comes again
+        return self.sizes_of(rows)
+
+    def sizes_of(self, row_ids: Sequence[int] | np.ndarray) -> RowSizes:
+        """The largest of these rows of the plan."""
+        if not len(row_ids):
             return RowSizes()
-        plan = self._plan
-        rows = plan.row_order(0)[:num_positions] if num_positions < self.num_rows else slice(None)
-        starts = plan.offsets[:-1]
-        documents, tokens = np.maximum.reduceat(plan.lengths, starts), np.add.reduceat(plan.lengths, starts)
-        return RowSizes(int(documents[rows].max()), int(tokens[rows].max()))
+        lengths, starts = self._plan.lengths, self._plan.offsets[:-1]
+        documents, tokens = np.maximum.reduceat(lengths, starts), np.add.reduceat(lengths, starts)
+        return RowSizes(int(documents[row_ids].max()), int(tokens[row_ids].max()))
 
     def row(self, position: int) -> Row:
         """The row at `position` (>= 0) of the stream of all epochs.

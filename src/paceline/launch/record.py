@@ -42,6 +42,7 @@ from paceline.observe.counting import RowProgress
 from paceline.observe.logs import logging_for
 from paceline.schema.features import FeatureSpec, merge_specs
 from paceline.schema.layout import ELEMENT_BYTES
+from paceline.schema.limits import RowSizes
 from paceline.schema.protocol import SpecMessage
 from paceline.schema.recording import (
     SPEC_NAME,
@@ -291,7 +292,9 @@ def _record_rows(
 
     with contextlib.ExitStack() as stack:
         if left:
-            sizes = sources["train"].sizes(sources["train"].num_rows) | sources["eval"].sizes(sources["eval"].num_rows)
+            sizes = RowSizes()
+            for split, source in sources.items():
+                sizes |= source.sizes_of([row_id for its_split, row_id in left if its_split == split])
             pool = FeaturePool(target.servers, {SPEC_NAME: manifest.spec.spec()}, config.pool, target.info, sizes=sizes)
             stack.callback(pool.close)
             budget = PrefetchBudget(transport.prefetch_rows, transport.prefetch_bytes)

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from paceline.config.target import TargetConfig
+from paceline.errors import TargetError
 from paceline.launch.memory import free_memory
 from paceline.launch.reference import find_reference
 from paceline.target.engines.flags import option_name
-from paceline.target.engines.steps import step_tokens
+from paceline.target.engines.steps import is_known, step_tokens
 from paceline.target.hf.engine import HFEngine
 from paceline.target.hf.fingerprint import fingerprint_weights
 from paceline.target.hf.info import count_tokenizer_tokens
@@ -73,11 +74,14 @@ def engine_name(config: TargetConfig) -> str:
     return "transformers (hf)" if config.engine == "hf" else ENGINES[config.engine].title
 
 
-def prepare_selftest(config: TargetConfig, stop: threading.Event | None = None, anew: bool = False) -> SelfTest:
+def prepare_selftest(
+    config: TargetConfig, stop: threading.Event | None = None, anew: bool = False, exact: bool = False
+) -> SelfTest:
     """Compute the reference, in a process of its own that is over when this returns, unless it is known.
 
     Args:
         anew: neither a file of the configuration nor one of an earlier time will do.
+        exact: in float32, with the rounding of the target's own data type, or not at all.
 
     Raises:
         TargetError: transformers cannot compute it here.
@@ -98,7 +102,7 @@ def prepare_selftest(config: TargetConfig, stop: threading.Event | None = None, 
         if given.fingerprint != fingerprint:
             logger.warning("the self-test compares with other weights: those of %s", given.model)
         return SelfTest(texts, given.for_engine(own_dtype), tolerance)
-    device, dtype = _where_it_fits(checkpoint, config, _bytes_of_text(text_config, texts))
+    device, dtype = _where_it_fits(checkpoint, config, _bytes_of_text(text_config, texts), exact)
     rounded_dtype = own_dtype if dtype == "float32" != own_dtype else None
     kept = cache_path(fingerprint, dtype, rounded_dtype, texts)
     settings = {
@@ -120,9 +124,15 @@ def _far_captures(config: TargetConfig) -> tuple[int, str | None]:
     """How often the far text is asked for, and what that does not prove."""
     if config.engine == "hf":
         return 1, None
-    step = step_tokens(ENGINES[config.engine], config, resolve_device(config.device).type == "cuda")
+    kind = ENGINES[config.engine]
+    step = step_tokens(kind, config, resolve_device(config.device).type == "cuda")
     num_far, is_more = num_far_captures(step)
-    return num_far, None if is_more else f"not compared, for want of tokens: steps of {step:,} tokens, and their chunks"
+    if not is_more:
+        return num_far, f"not compared, for want of tokens: steps of {step:,} tokens, and their chunks"
+    if not is_known(kind, config):
+        option = f"target.engine_args.{kind.step_options[0]}"
+        return num_far, f"not known: whether the engine's steps are of more than {step:,} tokens ({option} can say it)"
+    return num_far, None
 
 
 def observe_own(config: TargetConfig, engine: HFEngine) -> SelfTest:
@@ -145,8 +155,20 @@ def _bytes_of_text(text_config: Any, texts: KnownTexts) -> int:
     return 4 * num_tokens * (scores + states + 2 * int(text_config.vocab_size))
 
 
-def _where_it_fits(checkpoint: Path, config: TargetConfig, text_bytes: int) -> tuple[torch.device, str]:
-    """(device, dtype) of the reference: fp32 where there is room, since bf16 of transformers is itself 1 to 2 % off."""
+def may_be_rounding(config: TargetConfig) -> bool:
+    """Whether transformers, compared with itself in the target's data type, may be too far off because of that."""
+    checkpoint = resolve_checkpoint(config.model, config.revision, config.trust_remote_code)
+    return read_quantization(checkpoint) is None and resolve_dtype(config, checkpoint) != "float32"
+
+
+def _where_it_fits(
+    checkpoint: Path, config: TargetConfig, text_bytes: int, exact: bool = False
+) -> tuple[torch.device, str]:
+    """(device, dtype) of the reference: fp32 where there is room, since bf16 of transformers is itself 1 to 2 % off.
+
+    Raises:
+        TargetError: it must be `exact`, and there is room nowhere.
+    """
     device, dtype = resolve_device(config.device), config.dtype
     if read_quantization(checkpoint) is not None:
         return device, "auto"  # unpacking it may need the device's kernels
@@ -156,9 +178,17 @@ def _where_it_fits(checkpoint: Path, config: TargetConfig, text_bytes: int) -> t
         free = torch.cuda.mem_get_info(device)[0]
         if 4 * num_weights * _ROOM + text_bytes < free:
             return device, "float32"
-        if sum(tensor.num_bytes for tensor in table) * _ROOM + text_bytes < free:
+        if not exact and sum(tensor.num_bytes for tensor in table) * _ROOM + text_bytes < free:
             return device, dtype
-    return torch.device("cpu"), "float32" if 4 * num_weights * _ROOM + text_bytes < free_memory() else dtype
+    needed, free = 4 * num_weights * _ROOM + text_bytes, free_memory()
+    if needed < free:
+        return torch.device("cpu"), "float32"
+    if exact:
+        raise TargetError(
+            f"transformers in float32 needs {needed / 1e9:.0f} GB, {free / 1e9:.0f} GB are free on the host: make the "
+            "reference elsewhere (paceline doctor MODEL --save-reference FILE) and name it (target.selftest_reference)"
+        )
+    return torch.device("cpu"), dtype
 
 
 def _tolerance(config: TargetConfig, checkpoint: Path) -> Tolerance:

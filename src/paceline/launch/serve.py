@@ -19,8 +19,8 @@ from rich.console import Console
 
 from paceline.config.files import write_whole
 from paceline.config.target import TargetConfig
-from paceline.errors import ConfigError
-from paceline.launch.selftest import SelfTest, engine_name, observe_own, prepare_selftest
+from paceline.errors import ConfigError, TargetError
+from paceline.launch.selftest import SelfTest, engine_name, may_be_rounding, observe_own, prepare_selftest
 from paceline.launch.target_facts import default_layers
 from paceline.observe.logs import logging_for
 from paceline.schema.protocol import TransportName
@@ -138,11 +138,15 @@ def _prove(config: TargetConfig, engine: ServedEngine, test: SelfTest | None, st
             return
         assert isinstance(engine, HFEngine), "other engines have a reference that was made beforehand"
         test = observe_own(config, engine)
-        problem = test.run(config, engine, stop).problem
-        if problem is None:
+        result = test.run(config, engine, stop)
+        if result.problem is None or not may_be_rounding(config):
+            result.check(engine_name(config))
             return
-        logger.info("compared with the loaded model: %s; float32 tells how much of that is rounding", problem)
-        test = prepare_selftest(config, stop)
+        logger.warning("beside the loaded model: %s; float32 tells how much of that is rounding", result.problem)
+        try:
+            test = prepare_selftest(config, stop, exact=True)
+        except TargetError as error:
+            raise TargetError(f"{result.problem}; whether that is rounding alone cannot be told: {error}") from error
     test.run(config, engine, stop).check(engine_name(config))
 
 

@@ -56,7 +56,9 @@ class HostFacts(Message):
 
 
 class ServerInfo(Message):
-    """GET /v1/info."""
+    """GET /v1/info. Servers of later versions may say more than this one understands."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
 
     protocol: int
     server_id: HexDigits

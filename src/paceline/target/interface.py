@@ -12,6 +12,8 @@ from paceline.schema.limits import Limits
 from paceline.schema.rows import RowRequest
 from paceline.schema.target_info import TargetInfo
 
+SELFTEST = "selftest"
+"""Name of the features that a self-test asks for: it says itself what is wrong with an answer, if it gets one."""
 OnLost = Callable[[PacelineError], None]
 """Hears why an engine can compute no more."""
 

@@ -55,8 +55,8 @@ def open_engine(config: TargetConfig, stop: threading.Event | None = None) -> It
 
     Raises:
         ConfigError: settings that cannot work with this engine, or it is not installed.
-        TargetError: the target cannot be loaded or described, or the engine ended while it started. A TransportError
-            inside the block becomes one, with the last lines of the engine's log.
+        TargetError: the target cannot be loaded or described, or the engine ended while it started. Of an engine
+            that was started here, a TransportError inside the block becomes one, with the last lines of its log.
         StoppedError: `stop` was set.
     """
     if config.num_threads is not None:

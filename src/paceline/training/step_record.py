@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -164,8 +164,7 @@ class StepLog:
                     num_bytes=new["bytes_received"] - old.get("bytes_received", 0.0),
                     target_tokens=new["target_tokens"] - old.get("target_tokens", 0.0),
                     target_s=new["target_s"] - old.get("target_s", 0.0),
-                    # The last interval of a run that is stopped ends with its sessions.
-                    server_s=interval_s * max(old.get("sessions", 0.0), new["sessions"]),
+                    server_s=interval_s * _num_sessions([old, *(read.stream for read in reads)]),
                 )
             )
         verdict = judge(across_ranks(windows), len(windows))
@@ -199,6 +198,11 @@ class StepLog:
             "stream": read.stream,
             "drafts": drafts,
         }
+
+
+def _num_sessions(streams: Sequence[Mapping[str, float]]) -> float:
+    """The last number that is not 0: a run that is stopped closes its sessions before its last step is told of."""
+    return next((told for stream in reversed(streams) if (told := stream.get("sessions", 0.0))), 0.0)
 
 
 def _read_numbers(records: list[StepRecord]) -> tuple[Iterator[float], list[_Read]]:

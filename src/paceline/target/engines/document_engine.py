@@ -34,6 +34,7 @@ from paceline.target.checks import check_request
 from paceline.target.engines.interface import CapturedDocument, DocumentServer
 from paceline.target.engines.next_tokens import find_other_token
 from paceline.target.engines.outer_parts import OuterParts
+from paceline.target.interface import SELFTEST
 
 logger = logging.getLogger(__name__)
 
@@ -287,7 +288,7 @@ class DocumentEngine:
         final = self._outer.norm(packed[:, -1]) if wanted else None
         tensors = self._outer.capture.complete(packed[:, slots], final, row.request, spec)
         finite = bool(tensors["finite"])
-        if finite:  # whoever asked says what is to be done about numbers that are not
+        if row.request.spec != SELFTEST:
             self._check_next_tokens(row, packed)
         begin_s, self._last_end_s = max(row.started_s, self._last_end_s), time.monotonic()
         return Features(
@@ -304,13 +305,16 @@ class DocumentEngine:
         )
 
     def _check_next_tokens(self, row: _Row, packed: Tensor) -> None:
-        """Raise unless every document's states lead to the token that came with them; `packed` is [T, L, H]."""
+        """Raise unless every document's states lead to the token that came with them; `packed` is [T, L, H].
+
+        The row can be asked for again: an engine computes other last bits then, and a fault that stays ends the run.
+        """
         last = torch.from_numpy(row.request.documents[1:].astype(np.int64) - 1).to(packed.device)
         other = find_other_token(self._outer, packed[last, -1], row.next_tokens, self._chunk_tokens)
         if other is not None:
-            raise CaptureMismatchError(
+            raise TransportError(
                 f"{self._server.name} answered document {other.document} of row {row.request.position} with {other}: "
-                "were the weights of its lm_head replaced, or are these states another request's?"
+                "were weights of its lm_head or its last norm replaced, or are these the states of another request?"
             )
 
     def _end(self, row: _Row, outcome: Features | BaseException) -> None:

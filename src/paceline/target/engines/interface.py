@@ -85,6 +85,8 @@ class EngineKind:
     """Options that say over how many GPUs a target is spread, with dashes; a short one with its dash in front."""
     step_options: tuple[str, ...]
     """Options that say how many tokens are computed at once: longer prompts are cut there."""
+    replica_options: tuple[str, ...]
+    """Options that say how many computers of their own requests are dealt to; some of `spreading`."""
     command: Callable[[TargetConfig, EngineProgram, Path, EngineAddress], list[str]]
     """(config, program, checkpoint, address): the command line of a server, without its key. Raises ConfigError for
     options that are set here."""

@@ -40,7 +40,8 @@ def find_other_token(outer: OuterParts, last: Tensor, next_tokens: list[int], at
     """The first document whose next token its last state does not explain; None if all agree.
 
     The engine chose each token from the very state it handed out. So this notices states of another request, those of
-    another layer or before another norm, and an lm_head that is not the checkpoint's.
+    another layer or before another norm, and an lm_head that is not the checkpoint's. States that are not finite say
+    nothing here: whether they were asked for decides what becomes of them.
 
     Args:
         last: [D, H] outputs of the last decoder layer at the last token of each document.
@@ -61,6 +62,7 @@ def _logits(
     for begin in range(0, len(last), at_once):
         final = outer.norm(last[begin : begin + at_once].to(outer.device))
         logits = apply_logit_transform(outer.lm_head(final), outer.info.logit_transform).float()
+        logits = logits.where(logits.isfinite().all(-1, keepdim=True), 0.0)
         says = torch.tensor(next_tokens[begin : begin + at_once], device=logits.device)
         known = (says >= 0) & (says < logits.shape[-1])
         best, states_say = logits.max(-1)

@@ -17,16 +17,26 @@ _UNITS = {"": 1, "k": 1000, "K": 1024, "m": 10**6, "M": 2**20}
 
 
 def step_tokens(kind: EngineKind, config: TargetConfig, on_gpu: bool) -> int:
-    """What `target.engine_args` say, or more: of a smaller step than the engine's own nothing else is known."""
-    own = _GPU_TOKENS if on_gpu else _CPU_TOKENS * _num_processes(kind, config)
-    return max([own, *_numbers(config, kind.step_options)])
+    """As many tokens as surely fill a step, all replicas together.
+
+    What `target.engine_args` say, or the engine's own where that is more: a step may be larger than its option.
+    """
+    replicas = _product(config, kind.replica_options)
+    processes = max(_product(config, kind.spreading) // replicas, config.tensor_parallel)
+    own = _GPU_TOKENS if on_gpu else _CPU_TOKENS * processes
+    return replicas * max([own, *_numbers(config, kind.step_options)])
 
 
-def _num_processes(kind: EngineKind, config: TargetConfig) -> int:
-    spread = 1
-    for number in _numbers(config, kind.spreading):
-        spread *= max(1, number)
-    return max(spread, config.tensor_parallel)
+def is_known(kind: EngineKind, config: TargetConfig) -> bool:
+    """Whether nobody else has started the engine with other options."""
+    return config.engine_url is None or bool(_numbers(config, kind.step_options))
+
+
+def _product(config: TargetConfig, options: tuple[str, ...]) -> int:
+    product = 1
+    for number in _numbers(config, options):
+        product *= max(1, number)
+    return product
 
 
 def _numbers(config: TargetConfig, options: tuple[str, ...]) -> list[int]:

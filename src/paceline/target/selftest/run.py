@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for_any
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from paceline.errors import ConfigError, OutOfMemoryError, StoppedError, TargetError, TransportError
 from paceline.schema.features import Features, FeatureSpec
 from paceline.schema.rows import RowRequest
-from paceline.target.interface import Engine
+from paceline.target.interface import SELFTEST, Engine
 from paceline.target.selftest.compare import Answer, Comparison, diagnose, name_of
 from paceline.target.selftest.reference import Reference
 from paceline.target.selftest.texts import Capture, KnownTexts, has_room_for_far, plan_captures
@@ -152,10 +154,11 @@ def _ask(
     captures, num_axes = plan_captures(texts, num_far), info.num_position_axes
     for again in (False, True):  # the second time is asked for when the first is answered: caches know it then
         rows = [one for one in captures if one.again == again]
-        asked = [(one, engine.capture(_request(texts, one, num_axes), spec)) for one in rows]
-        for capture, future in asked:
+        asked = deque((one, engine.capture(_request(texts, one, num_axes), spec)) for one in rows)
+        while asked:
+            capture, future = asked.popleft()
             try:
-                answers.append(Answer(capture, _answer(texts, capture, spec, _wait(future, capture, stop))))
+                answers.append(Answer(capture, _on_host(_answer(texts, capture, spec, _wait(future, capture, stop)))))
             except (ConfigError, OutOfMemoryError) as error:
                 if texts.documents[capture.documents[0]].windows:
                     unproven = f"{_UNPROVEN} ({error})"
@@ -172,7 +175,7 @@ def _request(texts: KnownTexts, capture: Capture, num_axes: int) -> RowRequest:
     documents = [texts.documents[document].tokens for document in capture.documents]
     return RowRequest(
         position=0,
-        spec="selftest",
+        spec=SELFTEST,
         tokens=np.concatenate(documents),
         documents=np.cumsum([0, *map(len, documents)]).astype(np.int32),
         spans=np.zeros((0, 2), np.int32),
@@ -188,6 +191,12 @@ def _wait(future: Future[Features], capture: Capture, stop: threading.Event) -> 
         if time.monotonic() > deadline:
             raise TransportError(f"the engine did not answer within {_ANSWER_S:.0f} s to the self-test ({capture})")
     raise StoppedError("stopped during the self-test")
+
+
+def _on_host(features: Features) -> Features:
+    """The same, out of the way of the rows that follow."""
+    moved: dict[str, Any] = {name: tensor.cpu() for name, tensor in features.tensors().items()}
+    return replace(features, **moved)
 
 
 def _answer(texts: KnownTexts, capture: Capture, spec: FeatureSpec, features: Features) -> Features:

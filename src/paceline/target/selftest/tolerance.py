@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -53,13 +54,19 @@ _DTYPES = {
 }
 _EXPERTS = 2.0
 """Rounding sends a token to another expert now and then."""
-_WEIGHT_BITS = {8: (0.3, 0.955), 4: (0.35, 0.93)}
-"""Bits of a weight -> relative, cosine. fp8 of weights and activations is 20 % off after 8 layers of random weights, in
-torch as in engines."""
-_ROUNDINGS_OF_8_BITS = {"roundings": 16.0, "widest": 0.5}
+_WEIGHT_BITS = {8: (0.2, 0.98), 4: (0.35, 0.93)}
+"""Bits of a weight -> relative, cosine."""
+_ACTIVATIONS = (0.3, 0.955)
+"""At least so much where activations are rounded, too: fp8 is 20 % off after 8 layers of random weights, in torch
+as in engines."""
+_ROUNDINGS_OF_ACTIVATIONS, _WIDEST_OF_ACTIVATIONS = 16.0, 0.5
 """fp8 rounds 32 times as coarsely as bf16, but only what goes into matrix products: that is 12 to 14 times as much."""
+_ROUND_ACTIVATIONS = re.compile("fp8|w8a8|w4a8|w4afp8|int8|mxfp|nvfp")
 _BITS_OF_METHODS = {
     "fp8": 8,
+    "mxfp8": 8,
+    "w8a8_fp8": 8,
+    "w8a8_int8": 8,
     "fbgemm_fp8": 8,
     "finegrained_fp8": 8,
     "int8": 8,
@@ -85,14 +92,32 @@ def choose_tolerance(
     plain = _DTYPES[dtype]
     if quantization is not None:
         name, bits = _describe(quantization)
-        relative, cosine = _WEIGHT_BITS[8 if bits >= 8 else 4]
-        wider = _ROUNDINGS_OF_8_BITS if bits >= 8 else {}
-        return Tolerance(f"{name} weights", max(relative, plain.relative), min(cosine, plain.cosine), experts, **wider)
+        weights = Tolerance(f"{name} weights", *_WEIGHT_BITS[8 if bits >= 8 else 4], experts)
+        return _with_activations(weights) if _rounds_activations(name, quantization) else weights
     if not experts:
         return plain
     # 1 - cosine grows with the square of the relative error.
     cosine = 1 - _EXPERTS**2 * (1 - plain.cosine)
     return Tolerance(f"{plain.name} with experts", _EXPERTS * plain.relative, cosine, routed=True)
+
+
+def _with_activations(weights: Tolerance) -> Tolerance:
+    relative, cosine = _ACTIVATIONS
+    return replace(
+        weights,
+        relative=max(relative, weights.relative),
+        cosine=min(cosine, weights.cosine),
+        roundings=_ROUNDINGS_OF_ACTIVATIONS,
+        widest=_WIDEST_OF_ACTIVATIONS,
+    )
+
+
+def _rounds_activations(name: str, quantization: Mapping[str, Any] | str) -> bool:
+    """Whether a format rounds what is multiplied by weights, too."""
+    if _ROUND_ACTIVATIONS.search(name) or isinstance(quantization, str):
+        return _ROUND_ACTIVATIONS.search(name) is not None
+    groups = (quantization.get("config_groups") or {}).values()
+    return bool(quantization.get("load_in_8bit")) or any((group or {}).get("input_activations") for group in groups)
 
 
 def _describe(quantization: Mapping[str, Any] | str) -> tuple[str, int]:

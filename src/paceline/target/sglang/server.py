@@ -32,8 +32,8 @@ _OWN_FLAGS = (
 _NEGATION = None
 """Its options of yes and no say yes; no is said by leaving them out."""
 _TENSOR_PARALLEL = ("tp", "tp-size", "tensor-parallel-size")
-_REPLICAS = ("dp", "dp-size", "data-parallel-size")
-SPREADING = (*_TENSOR_PARALLEL, *_REPLICAS)
+REPLICAS = ("dp", "dp-size", "data-parallel-size")
+SPREADING = (*_TENSOR_PARALLEL, *REPLICAS)
 """Options that say over how many GPUs a target is spread."""
 _BODIES = ("model", "language_model", "language_model.model", "model.language_model", "llm.model")
 """Where architectures keep their decoder layers."""
@@ -82,7 +82,7 @@ def own_words(config: TargetConfig, key: str, root: Path) -> tuple[list[str], di
     """
     path = root / "sglang.yaml"
     options: dict[str, object] = {"api-key": key}
-    if not find_options(config.engine_args, _REPLICAS):  # each of several would take the same port
+    if not find_options(config.engine_args, REPLICAS):  # each of several would take the same port
         options["nccl-port"] = free_port()
     path.write_text(json.dumps(options), encoding="utf-8")
     return ["--config", str(path)], {"SGLANG_GRPC_PORT": str(free_port())}

@@ -18,6 +18,7 @@ VLLM = EngineKind(
     },
     spreading=SPREADING,
     step_options=("max-num-batched-tokens",),
+    replica_options=("data-parallel-size", "-dp"),
     command=vllm_command,
     own_words=own_words,
     shell_command=lambda command, key: f"{KEY}={key} {command}",
