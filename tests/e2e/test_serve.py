@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+from engine_processes import wait_for
 from forking import Command, Commands
 from paceline.cli.main import app
 from paceline.errors import ConfigError, TransportError
@@ -125,9 +126,15 @@ def test_a_signal_ends_a_server_with_rows_in_flight(
     assert "Traceback" not in server.command.output
 
 
+def catches(pid: int, number: signal.Signals) -> bool:
+    """Whether a process has a handler of its own by now."""
+    caught = int(Path(f"/proc/{pid}/status").read_text().partition("SigCgt:")[2].split()[0], 16)
+    return bool(caught >> (number - 1) & 1)
+
+
 def test_a_signal_ends_a_server_that_is_still_loading(commands: Commands, tiny_target: Path, tmp_path: Path) -> None:
     command = start_server(commands, tiny_target, tmp_path)
-    time.sleep(0.3)
+    assert wait_for(lambda: catches(command.pid, signal.SIGTERM), 10)
     begin = time.monotonic()
     command.send_signal(signal.SIGTERM)
     assert command.wait(30) == 128 + signal.SIGTERM
