@@ -368,7 +368,10 @@ def test_twenty_clients_come_and_go_and_leave_nothing(engine: SmallEngine) -> No
             talk.of_session("DELETE", session)
         assert server.sessions.count() == 0
         wait_until(lambda: threading.active_count() <= threads_before + 45, "threads of sessions are left")
-        assert not [thread for thread in threading.enumerate() if thread.name == "session sender"]
+        wait_until(
+            lambda: not [thread for thread in threading.enumerate() if thread.name == "session sender"],
+            "senders of sessions are left",
+        )
 
 
 def test_a_sender_that_fails_costs_its_row_and_a_broken_one_its_session(engine: SmallEngine) -> None:
