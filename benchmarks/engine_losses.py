@@ -180,7 +180,8 @@ def compare(found: dict[str, dict[str, list[float]]], arguments: argparse.Namesp
     agree = True
     for draft in found["hf"]:
         both = [found[engine][draft] for engine in ("hf", arguments.engine)]
-        steps = min(map(len, both))  # of runs that were cut off, those that both made
+        steps = min(map(len, both))
+        assert steps == arguments.steps or arguments.partial, (draft, *map(len, both), "of runs cut off: --partial")
         ours, theirs = (one[:steps] for one in both)
         differences = [abs(one - other) / abs(one) for one, other in zip(ours, theirs, strict=True)]
         quarter = -max(1, len(ours) // 4)
@@ -216,6 +217,7 @@ def main() -> None:
     parser.add_argument("--server-device", help="of the engine's server; --device without")
     parser.add_argument("--trainer-device", help="of the trainer that it serves; --device without")
     parser.add_argument("--only", help="make this run alone, hf or the engine's; compare when both are there")
+    parser.add_argument("--partial", action="store_true", help="compare the steps that both made, of runs cut off")
     parser.add_argument("--tolerance", type=float, default=0.03, help="of the last quarter's mean loss, relative")
     parser.add_argument("--out", type=Path, help="JSON lines")
     words, _, flags = (" ".join(sys.argv[1:])).partition(" -- ")  # the engine's own options come after --

@@ -31,8 +31,8 @@ def test_more_kinds_of_drafts_than_torch_compiles_by_default_score_no_table_of_p
     with torch.no_grad():
         for heads, kv_heads, head_dim in KINDS:
             peak = attend_peak(length, length, heads, kv_heads, head_dim)
-            # Out, its copies and block lists (on an H200 8.6 times the output); scores would take far more.
-            assert peak < 16 * length * heads * head_dim * 2 < heads * length * length
+            # Out, its copies and block lists; scores would take heads * length * length.
+            assert peak < 8 * length * heads * head_dim * 2 < heads * length * length
 
 
 def test_rows_of_any_length_compile_at_most_three_variants():
