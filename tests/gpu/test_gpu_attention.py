@@ -33,9 +33,8 @@ def test_more_kinds_of_drafts_than_torch_compiles_by_default_score_no_table_of_p
             # The first call compiles: kernels are timed beside a buffer of the L2 cache's size.
             attend_peak(length, length, heads, kv_heads, head_dim)
             peak = attend_peak(length, length, heads, kv_heads, head_dim)
-            print(heads, kv_heads, head_dim, f"{peak / (length * heads * head_dim * 2):.2f} outputs")
-            # Out, its copies and block lists; scores would take heads * length * length.
-            assert peak < 8 * length * heads * head_dim * 2 < heads * length * length
+            # Out and what isfinite makes of it (3.5 outputs on an H200); scores would take heads * length * length.
+            assert peak < 4 * length * heads * head_dim * 2 < heads * length * length
 
 
 def test_rows_of_any_length_compile_at_most_three_variants():

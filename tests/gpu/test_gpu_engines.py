@@ -7,6 +7,7 @@ PACELINE_TEST_ENGINE_ARGS is a JSON table of options for both, by engine: {"sgla
 import contextlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import replace
@@ -17,6 +18,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from engine_processes import descendants
 from paceline.config.target import TargetConfig
 from paceline.errors import TargetError
 from paceline.launch.selftest import prepare_selftest
@@ -145,8 +147,12 @@ def test_documents_do_not_see_each_other(engine: ServedEngine):
 
 
 def test_nothing_is_left_behind(config: TargetConfig, engine: ServedEngine):
+    """In the directory of this engine: others may run on this host."""
     assert engine.capture(tiny_request((50, 60)), SPEC).result(60).finite
-    left = list(Path("/dev/shm").glob(f"paceline-{config.engine}-*/hidden/*.safetensors*"))
+    commands = [Path(f"/proc/{pid}/cmdline").read_text() for pid in descendants(os.getpid())]
+    roots = set(re.findall(rf"/dev/shm/paceline-{config.engine}-\w+(?=\0)", "".join(commands)))
+    assert len(roots) == 1, roots
+    left = list(Path(roots.pop(), "hidden").glob("*.safetensors*"))
     assert left == [], left
 
 
