@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 import torch
 
+import paceline
 from engine_processes import descendants, wait_for
 from forking import Command, Commands
-from own_processes import children_of, num_steps, start
+from own_processes import children_of, num_steps, start, write_config
 from paceline.config.run import RunConfig
 from paceline.target.engines.http_calls import EngineCalls
 from paceline.target.engines.interface import EngineAddress
@@ -119,6 +120,17 @@ def test_drafts_trained_through_vllm_have_the_losses_of_the_hf_engine(
     output = server.command.output
     assert "self-test of vLLM" in output
     assert "layer 2" in output
+
+
+def test_one_environment_has_paceline_and_vllm(inline: RunConfig, target: Path, data: Path, tmp_path: Path) -> None:
+    """As the extra installs them: `target.engine_python` is not set, and one command does it all."""
+    config = config_on_vllm(target, data, tmp_path / "run", target__engine_python=None)
+    words = [str(PYTHON), "-m", "paceline", "train", str(write_config(config, tmp_path))]
+    variables = {**os.environ, "PYTHONPATH": str(Path(paceline.__file__).parents[1])}
+    done = subprocess.run(words, env=variables, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_losses_agree(config, inline)
+    assert "self-test of vLLM" in (Path(config.run_dir) / "logs" / "server-0.log").read_text()
 
 
 def test_one_document_at_a_time_gives_the_same_bits_in_every_run(

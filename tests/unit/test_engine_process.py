@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 from collections.abc import Callable
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from packaging.requirements import Requirement
 
 from engine_processes import descendants, wait_for
 from own_processes import alive
@@ -434,6 +436,14 @@ def test_versions_that_count_as_tried_are_in_the_table_of_tried_versions(engine:
     page = (Path(__file__).parents[2] / "docs" / "engines.md").read_text(encoding="utf-8")
     rows = [line for line in page.splitlines() if line.startswith(f"| {kind.title} |")]
     assert {row.split("|")[2].split()[0] for row in rows} == set(kind.tried)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_extra_takes_every_tried_version(engine: str) -> None:
+    pyproject = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))
+    (extra,) = map(Requirement, pyproject["project"]["optional-dependencies"][engine])
+    assert extra.name == engine
+    assert all(version in extra.specifier for version in ENGINES[engine].tried)
 
 
 def test_a_version_that_was_never_tried_is_named_before_it_starts(

@@ -64,7 +64,7 @@ def _examine_machine() -> None:
     from paceline.cli.show import doctor_table
     from paceline.launch.doctor import examine
 
-    Console().print(doctor_table(examine()))
+    Console(markup=False).print(doctor_table(examine()))
 
 
 def _test_engine(config: TargetConfig, signals: StopSignals, save_reference: Path | None) -> None:
@@ -88,6 +88,6 @@ def _test_engine(config: TargetConfig, signals: StopSignals, save_reference: Pat
         return
     with open_engine(config, signals.stop) as engine:
         result = test.run(config, engine, signals.stop)
-    Console().print(selftest_table(result))
+    Console(markup=False).print(selftest_table(result))
     result.check(engine_name(config))
     typer.echo(f"{engine_name(config)} computes {config.model} as transformers does")

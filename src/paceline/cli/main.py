@@ -292,7 +292,7 @@ def _signals(context: typer.Context) -> StopSignals:
 def _console() -> Console:
     from rich.console import Console
 
-    return Console()
+    return Console(markup=False)  # brackets in paths and names are themselves
 
 
 def _print_plan(config: RunConfig, device: str | None = None) -> None:

@@ -34,7 +34,11 @@ def record(
     from paceline.launch.record import RecordOptions, check_recordable
     from paceline.launch.record import record as run_recording
 
-    resolved, console, signals = check_recordable(load_config(config, overrides or ())), Console(), _signals(context)
+    resolved, console, signals = (
+        check_recordable(load_config(config, overrides or ())),
+        Console(markup=False),
+        _signals(context),
+    )
     words = ["recorder", *(["--output", str(output)] if output else []), *(["--check"] if check else [])]
     if resolved.placement.launcher == "ray":
         from paceline.launch.ray.driver import run_on_ray
@@ -71,7 +75,7 @@ def recorder(
     from paceline.launch.record import RecordOptions, record_as_child
 
     end_with_parent(parent_pipe)
-    console = Console()
+    console = Console(markup=False)
     options = RecordOptions(output, check, token_file)
     result = record_as_child(load_config(config), options, _signals(context), console)
     console.print(result.text(), highlight=False)

@@ -83,6 +83,10 @@ def examine_extras() -> Iterator[Finding]:
         ("wandb", "tracking.wandb"),
         ("accelerate", "target.device_map, target.tensor_parallel"),
         ("ray", 'placement.launcher = "ray"'),
+        ("vllm", 'target.engine = "vllm"'),
+        ("sglang", 'target.engine = "sglang"'),
     ):
         found = importlib.util.find_spec(name) is not None
-        yield Finding(found, name, f"for {use}" if found else f'for {use}: pip install "paceline[{name}]"')
+        elsewhere = ", or target.engine_python" if "engine" in use else ""
+        remedy = f': pip install "paceline[{name}]"{elsewhere}'
+        yield Finding(found, name, f"for {use}{'' if found else remedy}")

@@ -176,9 +176,9 @@ def run_quickstart(directory: Path, signals: StopSignals, console: Console, shor
         ]
         for name, what, do in parts:
             if name in progress.done and name != "report":
-                console.print(f"[bold]{name}[/bold]: done before ({progress.seconds[name]:.0f} s)")
+                console.print(f"{name}: done before ({progress.seconds[name]:.0f} s)", style="bold")
                 continue
-            console.print(f"[bold]{name}[/bold]: {what}")
+            console.print(f"{name}: {what}", style="bold")
             if not _run_part(name, do, progress, signals):
                 console.print("stopped; run the same command again to go on")
                 return
@@ -266,7 +266,7 @@ def _print_results(facts: dict[str, Any], progress: _Progress, run: RunDir, cons
     console.print(table)
     console.print(f"repeated 4-grams in the target's answers: {facts['repeated_4grams']:.1%}")
     for sample in facts["samples"]:
-        console.print(f"\n> {sample['prompt']}", markup=False, style="dim")
-        console.print(sample["answer"], markup=False)
+        console.print(f"\n> {sample['prompt']}", style="dim")
+        console.print(sample["answer"])
     console.print("\n" + ", ".join(f"{part} {seconds:.0f} s" for part, seconds in progress.seconds.items()))
     console.print(f"report: {run.report}")

@@ -87,7 +87,7 @@ def serve_target(
     _check_merging(config, options)
     signals.grace_s = 1.0  # nothing to end in order while the target loads
     level = logging.getLevelNamesMapping()[options.log_level]
-    console = Console(stderr=True) if options.log_file is None else None
+    console = Console(stderr=True, markup=False) if options.log_file is None else None
     with contextlib.ExitStack() as stack:
         stack.enter_context(logging_for("server", 0, options.log_file, console, level))
         _allow_many_files()

@@ -28,8 +28,8 @@ class RowProgress:
         self._next_log = self._begin + _LOG_EVERY_S
         self._bar: Progress | None = None
         if console.is_terminal:
-            columns = (MofNCompleteColumn(), BarColumn(20), TextColumn("{task.description}"))
-            self._bar = Progress(TextColumn(what), *columns, console=console)
+            columns = (MofNCompleteColumn(), BarColumn(20), TextColumn("{task.description}", markup=False))
+            self._bar = Progress(TextColumn(what, markup=False), *columns, console=console)
             self._task = self._bar.add_task("", total=num_rows, completed=num_done)
 
     def __enter__(self) -> Self:

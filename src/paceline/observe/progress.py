@@ -61,7 +61,11 @@ class ProgressBar:
     def __init__(self, num_steps: int, console: Console) -> None:
         self._summary = Summary(num_steps)
         self._progress = Progress(
-            TextColumn("step"), MofNCompleteColumn(), BarColumn(20), TextColumn("{task.description}"), console=console
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(20),
+            TextColumn("{task.description}", markup=False),
+            console=console,
         )
         self._task = self._progress.add_task("", total=num_steps)
         self._progress.start()

@@ -64,7 +64,8 @@ def find_program(config: TargetConfig, packages: Sequence[str]) -> EngineProgram
         ConfigError: it is not there.
     """
     python = Path(config.engine_python or sys.executable).expanduser()
-    remedy = f"install it there, or set target.engine_python to the Python that has {config.engine}"
+    extra = f'install it there (pip install "paceline[{config.engine}]")'
+    remedy = f"{extra}, or set target.engine_python to the Python that has {config.engine}"
     try:
         asked = subprocess.run(  # noqa: S603  # the user's own Python
             [str(python), "-c", _ASK, *packages], capture_output=True, text=True, timeout=_ASK_S, check=False
