@@ -128,18 +128,14 @@ def test_doctor_says_what_works_here(capsys: pytest.CaptureFixture[str]) -> None
     said = capsys.readouterr().out
     for word in ("paceline", "torch", "CPU", "CUDA", "free space"):
         assert word in said
-    assert 'pip install "paceline[sglang]"' in " ".join(said.split())
+    assert 'pip install "paceline[vllm]"' in " ".join(said.split())
 
 
 def test_doctor_names_the_extra_that_brings_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     pyproject = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))
     missing = {finding.what: finding.detail for finding in examine_extras() if not finding.works}
-    assert (
-        {"tensorboard", "wandb", "vllm", "sglang"}
-        <= missing.keys()
-        <= pyproject["project"]["optional-dependencies"].keys()
-    )
+    assert {"tensorboard", "wandb", "vllm"} <= missing.keys() <= pyproject["project"]["optional-dependencies"].keys()
     for name, detail in missing.items():
         assert f'pip install "paceline[{name}]"' in detail
 

@@ -109,7 +109,7 @@ def server(target: Path) -> Iterator[Server]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
         process, address = start_engine(
-            VLLM, config, find_program(config, VLLM.packages), target, engine_layers(LAYERS, 4)
+            VLLM, config, find_program(config, VLLM.packages, VLLM.install), target, engine_layers(LAYERS, 4)
         )
     with contextlib.closing(process):
         process.wait_until(lambda: is_ready(VLLM, address), 600)
@@ -233,7 +233,7 @@ def test_prefills_in_chunks_pass_the_self_test_with_its_long_text(engine: Docume
 
 
 def test_this_version_is_among_those_that_the_documents_call_tried(target: Path):
-    program = find_program(target_config(target), VLLM.packages)
+    program = find_program(target_config(target), VLLM.packages, VLLM.install)
     assert program.version in VLLM.tried
     assert program.version in (Path(__file__).parents[2] / "docs" / "engines.md").read_text(encoding="utf-8")
 

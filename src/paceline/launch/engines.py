@@ -35,7 +35,8 @@ def engine_command(config: TargetConfig) -> str:
     text = load_config(checkpoint, config.trust_remote_code).get_text_config(decoder=True)
     layers = engine_layers(config.capture_layers, int(text.num_hidden_layers))
     kind = ENGINES[config.engine]
-    words = kind.command(config, find_program(config, kind.packages), checkpoint, EngineAddress(url, directory, layers))
+    program = find_program(config, kind.packages, kind.install)
+    words = kind.command(config, program, checkpoint, EngineAddress(url, directory, layers))
     started = kind.shell_command(shlex.join(words), f'"${ENGINE_KEY}"')
     gpus = "".join(f"{name}={value} " for name, value in visible_gpus(config, os.environ).items())
     return f"mkdir -p {shlex.quote(str(directory))} && {gpus}PYTHONPATH={shlex.quote(str(INSIDE))} {started}"

@@ -77,7 +77,7 @@ def open_engine(config: TargetConfig, stop: threading.Event | None = None) -> It
         with _reach(kind, config, layers) as reached:
             yield reached
         return
-    program = find_program(config, kind.packages)
+    program = find_program(config, kind.packages, kind.install)
     with _start(kind, config, program, checkpoint, layers, stop) as started:
         yield started
 

@@ -1,6 +1,7 @@
 """Speaks as SGLang 0.5.14 does: its options, its HTTP, its way with forward hooks; the states are transformers'.
 
-`tests/gpu/test_gpu_engines.py` runs SGLang itself. STAND_IN_FAULT makes it wrong on purpose.
+`tests/gpu/test_gpu_engines.py` runs SGLang itself. STAND_IN_FAULT makes it wrong on purpose; STAND_IN_STREAM lets its
+layers return what comes to the residual alone, as those of 0.5.22 do: "plain", "owed" or "gated".
 """
 
 import argparse
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 FAULT = os.environ.get("STAND_IN_FAULT", "")
+STREAM = os.environ.get("STAND_IN_STREAM", "")
 MAX_PREFILL_TOKENS = 600
 
 
@@ -35,13 +37,54 @@ class Layer(nn.Module):
         return noise, self.state - noise
 
 
+class Stream:
+    """The residual of a batch, and what the last layer adds to it."""
+
+    def __init__(self) -> None:
+        self.residual, self.pending = None, None
+
+    def export(self, hidden: object) -> tuple[object, Tensor | None]:
+        if self.pending is None:
+            return hidden, None
+        if hidden is not self.pending.value:
+            raise RuntimeError("output does not belong to this residual stream")
+        return hidden, self.residual
+
+
+class StreamLayer(nn.Module):
+    """Returns what comes to the residual of the batch; one in three adds it itself, one names experts beside it."""
+
+    def forward(self, positions: Tensor, hidden: object, batch: SimpleNamespace) -> object:
+        stream = batch.residual_stream
+        if stream.pending is not None:  # as the norm of a real layer, which adds in place
+            stream.residual.fill_(torch.nan)
+            stream.pending.value.fill_(torch.nan)
+        noise = torch.round(self.state * 0 + 1.0)
+        if self.index % 3 == 2 and STREAM == "plain":
+            stream.residual, stream.pending = self.state, None
+            return self.state
+        stream.residual = self.state - noise
+        stream.pending = SimpleNamespace(value=noise, update=SimpleNamespace(is_plain_add=STREAM != "gated"))
+        if STREAM == "owed":
+            return SimpleNamespace(contribution=stream.pending)
+        return (noise, torch.zeros(len(noise), 2)) if self.index % 3 == 1 else noise
+
+
 class Body(nn.Module):
     def __init__(self, num_layers: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Layer() for _ in range(num_layers))
+        self.layers = nn.ModuleList(StreamLayer() if STREAM else Layer() for _ in range(num_layers))
+        for index, layer in enumerate(self.layers):
+            layer.index = index
 
-    def forward(self, input_ids: Tensor, positions: Tensor, batch: SimpleNamespace) -> Tensor:
+    def forward(self, input_ids: Tensor, positions: Tensor, batch: SimpleNamespace) -> Tensor | None:
         hidden, residual = torch.zeros(0), None
+        if STREAM:
+            batch.residual_stream = Stream()
+            for layer in self.layers:
+                hidden = layer(positions, hidden, batch)
+            batch.residual_stream = None
+            return None
         for layer in self.layers:
             hidden, residual = layer(positions, hidden, batch, residual)
         return hidden + residual
@@ -111,6 +154,7 @@ class Scheduler:
             rids=[one.rid for one, _, _ in chunks],
             extend_prefix_lens_cpu=[start for _, start, _ in chunks],
             extend_seq_lens_cpu=[n for _, _, n in chunks],
+            residual_stream=None,
         )
         for index, layer in enumerate(self.model.model.layers):
             layer.state = torch.cat([one.states[index][start : start + n] for one, start, n in chunks])
@@ -183,8 +227,10 @@ def main() -> None:
     if arguments.config:
         for name, value in json.loads(Path(arguments.config).read_text()).items():
             setattr(arguments, name.replace("-", "_"), value)
-    if not 1 <= (port := int(os.environ.get("SGLANG_GRPC_PORT", arguments.port + 10_000))) <= 65_535:
+    if (port := arguments.port + 10_000) > 65_535:  # of 0.5.14
         raise SystemExit(f"ValueError: SGLANG_GRPC_PORT ({port}) must be between 1 and 65535")
+    if "SGLANG_GRPC_PORT" in os.environ and arguments.api_key:  # of 0.5.16
+        raise SystemExit("ValueError: the native gRPC server takes no --api-key")
     torch.set_num_threads(1)
     serve(arguments)
 

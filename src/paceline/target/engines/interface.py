@@ -77,6 +77,8 @@ class EngineKind:
     """For messages."""
     packages: tuple[str, ...]
     """Names under which it may be installed."""
+    install: str
+    """How it is installed, for messages."""
     tried: tuple[str, ...]
     """Versions that this one of paceline was run with; docs/engines.md has what was tried on what."""
     variables: Mapping[str, str]

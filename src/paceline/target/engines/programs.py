@@ -34,6 +34,8 @@ for name in sys.argv[1:]:
 _ASK_S = 60.0
 _QUIET_PORTS = range(20_000, 30_000)
 _GIVEN_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
+_HIGHEST_PORT = 55_535
+"""SGLang 0.5.14 adds 10,000 to its own for another, which must be a port, too."""
 _NUM_TRIES = 20
 _SECRETS = ("PACELINE_TOKEN", ENGINE_KEY)
 """Nothing to an engine that is started here."""
@@ -54,18 +56,18 @@ class EngineProgram:
         return tuple(int(part) for part in found[0].split(".")) if found else ()
 
 
-def find_program(config: TargetConfig, packages: Sequence[str]) -> EngineProgram:
+def find_program(config: TargetConfig, packages: Sequence[str], install: str) -> EngineProgram:
     """The engine that `target.engine_python` has, paceline's own Python without that.
 
     Args:
         packages: names under which it may be installed.
+        install: how it is installed, for messages.
 
     Raises:
         ConfigError: it is not there.
     """
     python = Path(config.engine_python or sys.executable).expanduser()
-    extra = f'install it there (pip install "paceline[{config.engine}]")'
-    remedy = f"{extra}, or set target.engine_python to the Python that has {config.engine}"
+    remedy = f"set target.engine_python to the Python of an environment that has it, or install it: {install}"
     try:
         asked = subprocess.run(  # noqa: S603  # the user's own Python
             [str(python), "-c", _ASK, *packages], capture_output=True, text=True, timeout=_ASK_S, check=False
@@ -150,11 +152,12 @@ def free_port() -> int:
     given it meanwhile.
     """
     quiet = [port for port in _QUIET_PORTS if port < _first_given_port()]
-    for port in (*random.SystemRandom().sample(quiet, min(len(quiet), _NUM_TRIES)), 0):
+    for port in (*random.SystemRandom().sample(quiet, min(len(quiet), _NUM_TRIES)), *[0] * _NUM_TRIES):
         with contextlib.suppress(OSError), socket.socket() as probe:
             probe.bind(("127.0.0.1", port))
             found: int = probe.getsockname()[1]
-            return found
+            if found <= _HIGHEST_PORT:
+                return found
     raise ConfigError("no port of 127.0.0.1 is free: end what listens there")
 
 

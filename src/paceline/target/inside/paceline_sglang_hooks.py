@@ -67,14 +67,21 @@ class _Capture:
         self._room = threading.Condition()
         self._waiting_bytes = 0
 
-    def take(self, layer: int, output: Any, whole: bool) -> None:
+    def take(self, layer: int, arguments: Iterable[Any], output: Any, whole: bool) -> None:
         """One layer's output: (hidden, residual), of which the next layer would compute the sum, or the sum itself.
 
         Args:
+            arguments: those of the layer; from SGLang 0.5.21 on its batch may hold the residual.
             whole: the sum is there already, whatever is beside it.
         """
         try:
-            self._take(layer, output, whole)
+            stream = _residual_stream(arguments)
+            if stream is None:
+                self._take(layer, output, whole)
+            elif problem := _unreadable(stream, output):
+                self._fault = f"layer {layer}'s output {problem}"
+            else:
+                self._take(layer, stream.export(_head(output)), False)
         except Exception as error:  # no memory: those who wait for the states must hear of it
             logger.exception("the hidden states of layer %d cannot be kept", layer)
             self._fault = f"layer {layer}'s output cannot be kept: {type(error).__name__}: {error}"
@@ -214,6 +221,25 @@ class _Capture:
             logger.exception("%s; nor can this be written", fault)
 
 
+def _residual_stream(arguments: Iterable[Any]) -> Any:
+    """Of the batch: what SGLang's layers have added up so far, where they return only what comes to it."""
+    return next((found for one in arguments if (found := getattr(one, "residual_stream", None)) is not None), None)
+
+
+def _head(output: Any) -> Any:
+    """What a layer gives the next one; some give the routing of experts beside it."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _unreadable(stream: Any, output: Any) -> str:
+    """Why a layer's output cannot be added to the residual here; empty where it can."""
+    if not isinstance(_head(output), Tensor):  # adding it up takes all GPUs, and hooks run on one
+        return "is not summed over GPUs when it ends: SGLang from 0.5.21 on is captured on one GPU only"
+    if stream.pending is not None and not stream.pending.update.is_plain_add:
+        return "is added to the residual in the next layer's own way, for which there is no capture"
+    return ""
+
+
 def _by_token(states: Any) -> Any:
     """[n, H] of [1, n, H], as SGLang's models from transformers have them."""
     return states[0] if isinstance(states, Tensor) and states.dim() == 3 and len(states) == 1 else states
@@ -254,7 +280,7 @@ def build_hook(config: Mapping[str, Any]) -> Hook | None:
     def hook(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
         try:
             if layer is not None:
-                capture.take(layer, output, type(module).__name__ in _WHOLE)
+                capture.take(layer, arguments, output, type(module).__name__ in _WHOLE)
             elif module not in followed:
                 # SGLang registers hooks that are given no keywords, by which some models hand over the batch. The
                 # first one is its own, of its warm-up.

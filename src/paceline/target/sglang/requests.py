@@ -18,7 +18,7 @@ from paceline.target.sglang.server import HOOK_FACTORY
 _CHANGE_STATES = (
     *("allow_auto_truncate", "enable_dp_attention", "enable_two_batch_overlap", "enable_pdmux"),
     *("enable_attn_tp_input_scattered", "enable_mixed_chunk", "enable_prefill_cp"),
-    *("speculative_algorithm", "dllm_algorithm"),
+    *("enable_layernorm_sp", "speculative_algorithm", "dllm_algorithm"),
 )
 """Options that are refused to servers that are started here, as it tells of them."""
 _SPREAD_STATES = ("pp_size", "attn_cp_size")

@@ -23,11 +23,21 @@ _OWN_FLAGS = (
     *("enable-two-batch-overlap", "pp-size", "pipeline-parallel-size", "disaggregation-mode", "enable-pdmux"),
     *("enable-attn-tp-input-scattered", "attn-cp-size", "attention-context-parallel-size", "enable-prefill-cp"),
     *("enable-prefill-context-parallel", "enable-dsa-prefill-context-parallel", "enable-nsa-prefill-context-parallel"),
-    "dllm-algorithm",
+    *("dllm-algorithm", "attn-dp-size", "attention-data-parallel-size", "enable-layernorm-sp"),
+    *("enable-megamoe-for-layernorm-sp", "enable-pd-role-switch"),
     # Each of these brings graphs back, which run no hooks.
     *("cuda-graph-config", "cuda-graph-backend-prefill", "enforce-piecewise-cuda-graph", "enable-breakable-cuda-graph"),
     # A server that speaks otherwise would never be seen to be ready.
-    *("grpc-mode", "encoder-only", "is-embedding", "ssl-keyfile", "ssl-certfile"),
+    *(
+        "grpc-mode",
+        "smg-grpc-mode",
+        "grpc-port",
+        "sidecar",
+        "encoder-only",
+        "is-embedding",
+        "ssl-keyfile",
+        "ssl-certfile",
+    ),
 )
 _NEGATION = None
 """Its options of yes and no say yes; no is said by leaving them out."""
@@ -77,15 +87,15 @@ def sglang_command(config: TargetConfig, program: EngineProgram, checkpoint: Pat
 def own_words(config: TargetConfig, key: str, root: Path) -> tuple[list[str], dict[str, str]]:
     """The key in a file: SGLang reads it from no variable, and a command line is everybody's to read.
 
-    And ports: one where its processes meet, which it would choose a minute before it listens there, and one for a gRPC
-    that it does not serve: it would take its own plus 10,000, and refuse what is no port. A command line comes first.
+    And the port where its processes meet, which it would choose a minute before it listens there. A command line comes
+    first.
     """
     path = root / "sglang.yaml"
     options: dict[str, object] = {"api-key": key}
     if not find_options(config.engine_args, REPLICAS):  # each of several would take the same port
         options["nccl-port"] = free_port()
     path.write_text(json.dumps(options), encoding="utf-8")
-    return ["--config", str(path)], {"SGLANG_GRPC_PORT": str(free_port())}
+    return ["--config", str(path)], {}
 
 
 def _hook(name: str, end: str, config: dict[str, object]) -> dict[str, object]:
