@@ -55,6 +55,7 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/mypy
+	MYPYPATH=src:benchmarks $(BIN)/mypy --explicit-package-bases benchmarks/*.py
 	$(BIN)/lint-imports
 
 # The configuration reference is made from the schema; the other pages are written by hand.

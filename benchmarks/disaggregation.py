@@ -217,7 +217,7 @@ def stream_from(
 
 
 def remote_servers(urls: list[str], transport: str, prefetch: int, device: torch.device) -> FixedServers:
-    settings = TransportConfig(kind=transport, prefetch_rows=prefetch)  # type: ignore[arg-type]
+    settings = TransportConfig(kind=transport, prefetch_rows=prefetch)
     return FixedServers({url: lambda url=url: RemoteConnection(url, settings, PoolConfig(), device) for url in urls})  # type: ignore[misc]
 
 
@@ -250,7 +250,7 @@ class Bench:
             for _ in range(self.arguments.steps):
                 next(stream)
             finish(self.device)
-            return self.arguments.steps * sum(self.lengths) / (time.perf_counter() - begin)
+            return float(self.arguments.steps * sum(self.lengths) / (time.perf_counter() - begin))
 
     def remote(self, urls: list[str]) -> None:
         """Every combination of transport, number of servers and look-ahead; then the long run."""
@@ -297,7 +297,7 @@ class Bench:
 
 def _own(row: FeatureRow) -> FeatureRow:
     """A copy that outlives the stream."""
-    kept = {name: tensor.clone() for name, tensor in row.features.tensors().items()}
+    kept: dict[str, Any] = {name: tensor.clone() for name, tensor in row.features.tensors().items()}
     features = dataclasses.replace(row.features, **kept)
     return FeatureRow(row.row, features)
 

@@ -201,8 +201,7 @@ def start_plain(config: TargetConfig, program: EngineProgram) -> Started:
     flags = write_flags(config.engine_args, "no-" if config.engine == "vllm" else None)
     command = [str(program.python), "-m", *words, *where, "--dtype", config.dtype, *flags]
     kind = ENGINES[config.engine]
-    grpc = {"SGLANG_GRPC_PORT": str(free_port())}  # otherwise the port + 10,000, which may be none
-    variables = {**child_environment(config, program, INSIDE), **kind.variables, **grpc}
+    variables = {**child_environment(config, program, INSIDE), **kind.variables}
     calls = EngineCalls(kind.title, url)
 
     def send_vllm(tokens: np.ndarray) -> object:
@@ -328,7 +327,7 @@ def with_transformers(config: TargetConfig, arguments: argparse.Namespace, resul
         fewer = argparse.Namespace(**vars(arguments) | {"documents": max(1, arguments.documents // per_row)})
         rate = measure({"hf, one document of each row": send}, fewer, results, in_flight=4).popitem()[1] * per_row
         results.record("hf", tokens_per_s=rate, documents_per_row=per_row)
-        return rate
+        return float(rate)
 
 
 def measure_servers(
@@ -341,12 +340,12 @@ def measure_servers(
         results.say(f"{in_flight} documents in flight")
         measured = measure(ways, arguments, results, in_flight)
         rates |= {(name, in_flight): rate for name, rate in measured.items()}
-        for one in clients.values():
-            if isinstance(one, AnswerTimes):
-                one.record(results)
-        both = [rates.get((name, in_flight)) for name in ("capture", "plain")]
-        if all(both):
-            results.record("capture against plain", in_flight=in_flight, share=both[0] / both[1])
+        for client in clients.values():
+            if isinstance(client, AnswerTimes):
+                client.record(results)
+        capture, plain = (rates.get((name, in_flight)) for name in ("capture", "plain"))
+        if capture and plain:
+            results.record("capture against plain", in_flight=in_flight, share=capture / plain)
     if arguments.profile is not None:
         for one in started:
             profile(one, ways[one.name], arguments, results)
@@ -412,7 +411,8 @@ def main() -> None:
         engine_start_timeout_s=300,
         capture_layers=tuple(arguments.layers),
     )
-    program = find_program(config, ENGINES[config.engine].packages)
+    kind = ENGINES[config.engine]
+    program = find_program(config, kind.packages, kind.install)
     servers = [name for name in ("plain", "capture") if name in arguments.what]
     rates: dict[tuple[str, int], float] = {}
     if "host" in arguments.what:

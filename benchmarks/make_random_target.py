@@ -13,13 +13,14 @@ import argparse
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
 QUICKSTART_TARGET = Path(__file__).resolve().parents[1] / "src" / "paceline" / "quickstart_target"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",
     "attention_bias": False,
@@ -41,7 +42,7 @@ CONFIG = {
 }
 
 
-def layer_shapes(config: dict[str, int]) -> dict[str, tuple[int, ...]]:
+def layer_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Tensors of one decoder layer, by the end of their names."""
     hidden, wide, head = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     q, kv = config["num_attention_heads"] * head, config["num_key_value_heads"] * head

@@ -58,7 +58,7 @@ def device_of(kind: P2PName, rank: int) -> torch.device:
 
 def join_group(kind: P2PName, rank: int, port: int) -> None:
     """The raw side: torch's own group of the two."""
-    store = distributed.TCPStore("127.0.0.1", port, 2, is_master=rank == SERVER)
+    store = distributed.TCPStore("127.0.0.1", port, 2, is_master=rank == SERVER)  # type: ignore[attr-defined]
     distributed.init_process_group(kind, store=store, rank=rank, world_size=2)
 
 

@@ -58,6 +58,7 @@ class RandomTargetWeights:
 
     def lm_head_bias(self, rows: torch.Tensor | None = None) -> torch.Tensor | None:
         del rows
+        return None
 
     def _random(self, rows: int, seed: int) -> torch.Tensor:
         if seed not in self._made:
