@@ -123,7 +123,7 @@ def test_drafts_trained_through_vllm_have_the_losses_of_the_hf_engine(
 
 
 def test_one_environment_has_paceline_and_vllm(inline: RunConfig, target: Path, data: Path, tmp_path: Path) -> None:
-    """As the extra installs them: `target.engine_python` is not set, and one command does it all."""
+    """As with the extra, of its build for CPUs: `target.engine_python` is not set, and one command does it all."""
     config = config_on_vllm(target, data, tmp_path / "run", target__engine_python=None)
     words = [str(PYTHON), "-m", "paceline", "train", str(write_config(config, tmp_path))]
     variables = {**os.environ, "PYTHONPATH": str(Path(paceline.__file__).parents[1])}

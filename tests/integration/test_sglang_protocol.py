@@ -181,11 +181,12 @@ def test_what_goes_wrong_inside_is_said(tiny_target: Path, tmp_path: Path, fault
         assert hidden_states(address) == []
 
 
-def test_layers_that_return_what_comes_to_the_residual_alone(tiny_target: Path, tmp_path: Path, reference):
-    """As those of SGLang 0.5.22: the residual lies in the batch."""
+@pytest.mark.parametrize("stream", ["plain", "named"])
+def test_layers_that_return_what_comes_to_the_residual_alone(tiny_target: Path, tmp_path: Path, reference, stream: str):
+    """As those of SGLang 0.5.22: the residual lies in the batch, which a layer may be given by name."""
     config = target_config(tiny_target)
     with (
-        running(tiny_target, tmp_path / "package", STAND_IN_STREAM="plain") as (_, address),
+        running(tiny_target, tmp_path / "package", STAND_IN_STREAM=stream) as (_, address),
         contextlib.closing(DocumentEngine(config, SGLANG.connect(address), load_outer_parts(config))) as engine,
     ):
         row = tiny_request((200, 64, 1, 65), seed=1)

@@ -47,7 +47,7 @@ def test_where_the_system_gives_all_ports_away_any_free_one_will_do(
         assert port + 10_000 <= 65_535, "SGLang 0.5.14 takes another one there"
 
 
-def test_sglang_gets_the_ports_that_it_would_choose_too_early_or_wrong(tmp_path: Path) -> None:
+def test_sglang_gets_the_port_that_it_would_choose_too_early(tmp_path: Path) -> None:
     """None for its gRPC: the variable for it turns gRPC on from 0.5.16 on, which refuses keys."""
     words, variables = SGLANG.own_words(TargetConfig(model="m", engine="sglang"), "secret", tmp_path)
     config = json.loads(Path(words[-1]).read_text())

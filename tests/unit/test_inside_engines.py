@@ -142,6 +142,28 @@ def test_a_hook_never_raises(hooks: ModuleType, tmp_path: Path, caplog: pytest.L
     assert "the hidden states of layer 0 cannot be kept" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("residual", "pending", "fault"),
+    [
+        (None, SimpleNamespace(value=torch.ones(5, 4), update=None), "is not what comes to the residual of its batch"),
+        (torch.ones(5, 4), None, "is not the residual of its batch"),
+        (torch.ones(5, 4), SimpleNamespace(), "cannot be kept: AttributeError"),
+    ],
+)
+def test_an_output_that_is_not_of_its_batch_is_said(
+    hooks: ModuleType, tmp_path: Path, residual: torch.Tensor | None, pending: object, fault: str
+) -> None:
+    """Of SGLang from 0.5.21 on, whose batch holds the residual."""
+    batch = Batch()
+    batch.residual_stream = SimpleNamespace(residual=residual, pending=pending)
+    config = {"directory": str(tmp_path), "layers": LAYERS, "prefix": "paceline-"}
+    for layer in LAYERS:
+        hooks.build_hook({**config, "layer": layer})(nn.Identity(), (1, batch), torch.full((5, 4), 2.0))
+    hooks.build_hook({**config, "layer": None})(nn.Identity(), (batch,), None)
+    assert settle(hooks, tmp_path) == ["paceline-1.error"]
+    assert fault in (tmp_path / "paceline-1.error").read_text()
+
+
 def test_the_model_waits_for_files_that_are_slower(
     hooks: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

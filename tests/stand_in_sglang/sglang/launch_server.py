@@ -1,7 +1,8 @@
 """Speaks as SGLang 0.5.14 does: its options, its HTTP, its way with forward hooks; the states are transformers'.
 
 `tests/gpu/test_gpu_engines.py` runs SGLang itself. STAND_IN_FAULT makes it wrong on purpose; STAND_IN_STREAM lets its
-layers return what comes to the residual alone, as those of 0.5.22 do: "plain", "owed" or "gated".
+layers return what comes to the residual alone, as those of 0.5.22 do: "plain", "named" (the batch is),
+"owed" or "gated".
 """
 
 import argparse
@@ -43,13 +44,6 @@ class Stream:
     def __init__(self) -> None:
         self.residual, self.pending = None, None
 
-    def export(self, hidden: object) -> tuple[object, Tensor | None]:
-        if self.pending is None:
-            return hidden, None
-        if hidden is not self.pending.value:
-            raise RuntimeError("output does not belong to this residual stream")
-        return hidden, self.residual
-
 
 class StreamLayer(nn.Module):
     """Returns what comes to the residual of the batch; one in three adds it itself, one names experts beside it."""
@@ -60,7 +54,7 @@ class StreamLayer(nn.Module):
             stream.residual.fill_(torch.nan)
             stream.pending.value.fill_(torch.nan)
         noise = torch.round(self.state * 0 + 1.0)
-        if self.index % 3 == 2 and STREAM == "plain":
+        if self.index % 3 == 2 and STREAM in ("plain", "named"):
             stream.residual, stream.pending = self.state, None
             return self.state
         stream.residual = self.state - noise
@@ -82,7 +76,10 @@ class Body(nn.Module):
         if STREAM:
             batch.residual_stream = Stream()
             for layer in self.layers:
-                hidden = layer(positions, hidden, batch)
+                if STREAM == "named":
+                    hidden = layer(positions=positions, hidden=hidden, batch=batch)
+                else:
+                    hidden = layer(positions, hidden, batch)
             batch.residual_stream = None
             return None
         for layer in self.layers:
@@ -168,6 +165,8 @@ class Scheduler:
 
 def serve(arguments: argparse.Namespace) -> None:
     scheduler = Scheduler(arguments)
+    scheduler.run("warm-up", [1, 2, 3])
+    scheduler.num_computed = 0
     key = arguments.api_key
 
     class Handler(BaseHTTPRequestHandler):

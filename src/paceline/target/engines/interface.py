@@ -78,7 +78,7 @@ class EngineKind:
     packages: tuple[str, ...]
     """Names under which it may be installed."""
     install: str
-    """How it is installed, for messages."""
+    """What to do where it is not, for messages."""
     tried: tuple[str, ...]
     """Versions that this one of paceline was run with; docs/engines.md has what was tried on what."""
     variables: Mapping[str, str]

@@ -37,8 +37,8 @@ _GIVEN_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 _HIGHEST_PORT = 55_535
 """SGLang 0.5.14 adds 10,000 to its own for another, which must be a port, too."""
 _NUM_TRIES = 20
-_SECRETS = ("PACELINE_TOKEN", ENGINE_KEY)
-"""Nothing to an engine that is started here."""
+_NOT_HANDED_ON = ("PACELINE_TOKEN", ENGINE_KEY, "SGLANG_GRPC_PORT")
+"""Secrets that are nothing to an engine that is started here, and what makes an SGLang serve gRPC, without a key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +61,14 @@ def find_program(config: TargetConfig, packages: Sequence[str], install: str) ->
 
     Args:
         packages: names under which it may be installed.
-        install: how it is installed, for messages.
+        install: what to do where nothing is named, for messages.
 
     Raises:
         ConfigError: it is not there.
     """
     python = Path(config.engine_python or sys.executable).expanduser()
-    remedy = f"set target.engine_python to the Python of an environment that has it, or install it: {install}"
+    name = f"set target.engine_python to the Python of an environment that has {config.engine}"
+    remedy = name if config.engine_python else f"{install}, or {name}"
     try:
         asked = subprocess.run(  # noqa: S603  # the user's own Python
             [str(python), "-c", _ASK, *packages], capture_output=True, text=True, timeout=_ASK_S, check=False
@@ -94,7 +95,7 @@ def child_environment(config: TargetConfig, program: EngineProgram, code: Path) 
     """
     own = Path(sys.executable) == program.python
     path = [str(code), *([os.environ["PYTHONPATH"]] if own and os.environ.get("PYTHONPATH") else [])]
-    ours = {name: value for name, value in os.environ.items() if name not in _SECRETS}
+    ours = {name: value for name, value in os.environ.items() if name not in _NOT_HANDED_ON}
     threads = {} if config.num_threads is None else {"OMP_NUM_THREADS": str(config.num_threads)}
     return {**ours, **threads, **visible_gpus(config, os.environ), "PYTHONPATH": os.pathsep.join(path)}
 
@@ -158,7 +159,7 @@ def free_port() -> int:
             found: int = probe.getsockname()[1]
             if found <= _HIGHEST_PORT:
                 return found
-    raise ConfigError("no port of 127.0.0.1 is free: end what listens there")
+    raise ConfigError(f"no port of 127.0.0.1 up to {_HIGHEST_PORT} is free: end what listens there")
 
 
 def _first_given_port() -> int:

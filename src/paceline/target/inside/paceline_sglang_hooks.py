@@ -60,6 +60,8 @@ class _Capture:
         self._states: Tensor | None = None
         self._taken: list[int] = []
         """In the order they came in this batch."""
+        self._batch: Any = None
+        """The one that is computed now, where the module around the layers has told of it before."""
         self._fault = ""
         self._attempts = itertools.count()
         self._stream = torch.cuda.Stream() if torch.cuda.is_available() else None
@@ -67,21 +69,26 @@ class _Capture:
         self._room = threading.Condition()
         self._waiting_bytes = 0
 
+    def begin(self, arguments: Iterable[Any]) -> None:
+        """Layers are about to be computed; `arguments` are those of the module around them."""
+        self._batch = _find_batch(arguments) or self._batch
+
     def take(self, layer: int, arguments: Iterable[Any], output: Any, whole: bool) -> None:
         """One layer's output: (hidden, residual), of which the next layer would compute the sum, or the sum itself.
 
         Args:
-            arguments: those of the layer; from SGLang 0.5.21 on its batch may hold the residual.
+            arguments: those of the layer that are not named, the batch among them for most.
             whole: the sum is there already, whatever is beside it.
         """
         try:
-            stream = _residual_stream(arguments)
+            batch = self._batch or _find_batch(arguments)
+            stream = getattr(batch, "residual_stream", None)
             if stream is None:
                 self._take(layer, output, whole)
             elif problem := _unreadable(stream, output):
                 self._fault = f"layer {layer}'s output {problem}"
             else:
-                self._take(layer, stream.export(_head(output)), False)
+                self._take(layer, (_head(output), stream.residual if stream.pending is not None else None), False)
         except Exception as error:  # no memory: those who wait for the states must hear of it
             logger.exception("the hidden states of layer %d cannot be kept", layer)
             self._fault = f"layer {layer}'s output cannot be kept: {type(error).__name__}: {error}"
@@ -116,9 +123,10 @@ class _Capture:
 
     def finish(self, arguments: Iterable[Any]) -> None:
         """All layers of a batch were computed; `arguments` are those of the module around them."""
-        batch = next((one for one in arguments if hasattr(one, "extend_seq_lens_cpu")), None)
+        batch = _find_batch(arguments)
         if batch is None:  # a module further out may be given it
             return
+        self._batch = None
         states, self._states = self._states, None
         taken, self._taken = set(self._taken), []
         fault, self._fault = self._fault, ""
@@ -221,9 +229,8 @@ class _Capture:
             logger.exception("%s; nor can this be written", fault)
 
 
-def _residual_stream(arguments: Iterable[Any]) -> Any:
-    """Of the batch: what SGLang's layers have added up so far, where they return only what comes to it."""
-    return next((found for one in arguments if (found := getattr(one, "residual_stream", None)) is not None), None)
+def _find_batch(arguments: Iterable[Any]) -> Any:
+    return next((one for one in arguments if hasattr(one, "extend_seq_lens_cpu")), None)
 
 
 def _head(output: Any) -> Any:
@@ -232,10 +239,21 @@ def _head(output: Any) -> Any:
 
 
 def _unreadable(stream: Any, output: Any) -> str:
-    """Why a layer's output cannot be added to the residual here; empty where it can."""
-    if not isinstance(_head(output), Tensor):  # adding it up takes all GPUs, and hooks run on one
+    """Why a layer's output cannot be added to what SGLang from 0.5.21 on keeps in the batch; empty where it can.
+
+    Args:
+        stream: of the batch: `residual`, what layers have added up so far, and `pending`, the last one's contribution,
+            which the next one adds; without `pending` the layer has added it itself.
+    """
+    hidden, pending = _head(output), stream.pending
+    if not isinstance(hidden, Tensor):  # adding it up takes all GPUs, and hooks run on one
         return "is not summed over GPUs when it ends: SGLang from 0.5.21 on is captured on one GPU only"
-    if stream.pending is not None and not stream.pending.update.is_plain_add:
+    if pending is None:
+        return "" if stream.residual is None or hidden is stream.residual else "is not the residual of its batch"
+    if hidden is not pending.value:
+        return "is not what comes to the residual of its batch"
+    update = pending.update
+    if not getattr(update, "is_plain_add", getattr(update, "adds_plainly", False)):  # of 0.5.22, of 0.5.21
         return "is added to the residual in the next layer's own way, for which there is no capture"
     return ""
 
@@ -285,10 +303,17 @@ def build_hook(config: Mapping[str, Any]) -> Hook | None:
                 # SGLang registers hooks that are given no keywords, by which some models hand over the batch. The
                 # first one is its own, of its warm-up.
                 followed.add(module)
+                module.register_forward_pre_hook(begin, with_kwargs=True)
                 module.register_forward_hook(finish, with_kwargs=True)
                 capture.finish(arguments)
         except Exception:  # one that left here would end SGLang
             logger.exception("hidden states of a batch are lost")
+
+    def begin(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        try:
+            capture.begin((*arguments, *keywords.values()))
+        except Exception:  # one that left here would end SGLang
+            logger.exception("the batch that begins is not seen")
 
     def finish(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
         try:

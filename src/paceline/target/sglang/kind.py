@@ -9,8 +9,7 @@ from paceline.target.sglang.server import REPLICAS, SPREADING, own_words, sglang
 SGLANG = EngineKind(
     title="SGLang",
     packages=("sglang",),
-    # Its versions up to 0.5.21 want a transformers that is older than the one paceline takes.
-    install='pip install "sglang==0.5.14", in an environment of its own',
+    install='make an environment for it (pip install "sglang==0.5.14" there)',  # it wants an older transformers
     tried=("0.5.14",),
     # It is given a directory. Its first request may compile kernels for minutes: ours to say for how many.
     variables={"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "SGLANG_WARMUP_TIMEOUT": "86400"},

