@@ -138,7 +138,11 @@ def test_doctor_names_the_extra_that_brings_what_is_missing(monkeypatch: pytest.
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     pyproject = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))
     missing = {finding.what: finding.detail for finding in examine_extras() if not finding.works}
-    assert {"tensorboard", "wandb", "vllm"} <= missing.keys() <= pyproject["project"]["optional-dependencies"].keys()
+    assert (
+        {"tensorboard", "wandb", "vllm", "sglang"}
+        <= missing.keys()
+        <= pyproject["project"]["optional-dependencies"].keys()
+    )
     for name, detail in missing.items():
         assert f'pip install "paceline[{name}]"' in detail
 

@@ -438,14 +438,13 @@ def test_versions_that_count_as_tried_are_in_the_table_of_tried_versions(engine:
     assert {row.split("|")[2].split()[0] for row in rows} == set(kind.tried)
 
 
-def test_the_extra_takes_every_tried_version() -> None:
-    """Of vLLM; SGLang's tried version asks for another transformers than ours, and has no extra."""
+@pytest.mark.parametrize(("engine", "elsewhere"), [("vllm", set()), ("sglang", {"0.5.14"})])
+def test_an_extra_takes_the_tried_versions(engine: str, elsewhere: set[str]) -> None:
+    """But those that ask for another transformers than ours, and need an environment of their own."""
     pyproject = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))
-    extras = pyproject["project"]["optional-dependencies"]
-    (extra,) = map(Requirement, extras["vllm"])
-    assert extra.name == "vllm"
-    assert all(version in extra.specifier for version in VLLM.tried)
-    assert "sglang" not in extras
+    (extra,) = map(Requirement, pyproject["project"]["optional-dependencies"][engine])
+    assert extra.name == engine
+    assert {version for version in ENGINES[engine].tried if version not in extra.specifier} == elsewhere
 
 
 def test_a_version_that_was_never_tried_is_named_before_it_starts(

@@ -84,6 +84,7 @@ def examine_extras() -> Iterator[Finding]:
         ("accelerate", "target.device_map, target.tensor_parallel"),
         ("ray", 'placement.launcher = "ray"'),
         ("vllm", 'target.engine = "vllm"'),
+        ("sglang", 'target.engine = "sglang"'),
     ):
         found = importlib.util.find_spec(name) is not None
         elsewhere = ", or target.engine_python" if "engine" in use else ""
