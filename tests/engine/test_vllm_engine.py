@@ -51,7 +51,7 @@ from paceline.target.vllm.kind import VLLM
 from tiny import save_tiny_target, tiny_request
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
-PYTHON = Path(__file__).parents[2] / ".venv-engine" / "bin" / "python"
+PYTHON = Path(os.environ.get("PACELINE_TEST_VLLM") or Path(__file__).parents[2] / ".venv-engine" / "bin" / "python")
 LAYERS = (0, 2)
 """With which the server is started; the last layer is captured in any case."""
 ARGS = {

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from engine_processes import descendants
@@ -112,6 +113,22 @@ def check_near(features: Features, expected: Features) -> None:
     assert (features.greedy == expected.greedy).float().mean() > 0.9
 
 
+def shifted(engine: ServedEngine) -> Any:
+    """What the engine says of layer 4 is passed off as layer 5's."""
+
+    class Shifted:
+        info, tokenizer = engine.info, engine.tokenizer
+
+        @staticmethod
+        def capture(row: RowRequest, spec: FeatureSpec) -> Future[Features]:
+            answer: Future[Features] = Future()
+            features = engine.capture(row, replace(spec, layers=SPEC.layers)).result(60)
+            answer.set_result(replace(features, layers=spec.layers))
+            return answer
+
+    return Shifted()
+
+
 def test_the_self_test_passes(config: TargetConfig, engine: ServedEngine):
     result = prepare_selftest(config).run(config, engine)
     print("\n".join(result.describe()))
@@ -160,19 +177,39 @@ def test_nothing_is_left_behind(config: TargetConfig, engine: ServedEngine):
 
 
 def test_the_self_test_names_a_shifted_layer(config: TargetConfig, engine: ServedEngine):
-    """What the engine says of layer 4 is passed off as layer 5's."""
-
-    class Shifted:
-        info, tokenizer = engine.info, engine.tokenizer
-
-        @staticmethod
-        def capture(row: RowRequest, spec: FeatureSpec) -> Future[Features]:
-            answer: Future[Features] = Future()
-            features = engine.capture(row, replace(spec, layers=SPEC.layers)).result(60)
-            answer.set_result(replace(features, layers=spec.layers))
-            return answer
-
     asked = config.model_copy(update={"capture_layers": (1, 5, 7)})
-    result = prepare_selftest(asked).run(asked, Shifted())
+    result = prepare_selftest(asked).run(asked, shifted(engine))
     with pytest.raises(TargetError, match="layer 5 asked, layer 4's output received"):
         result.check(config.engine)
+
+
+@pytest.mark.skipif(PYTHONS["vllm"] is None, reason="PACELINE_TEST_VLLM names no Python with vLLM")
+def test_vllms_own_connector_takes_the_place_of_ours_where_that_does_not_fit(
+    target: Path, hf: HFEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Its files do not say which layers they hold: the self-test does."""
+    folder = Path(__file__).parents[1] / "engine" / "stock_connector"
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH="{folder}:$PYTHONPATH" exec "{PYTHONS["vllm"]}" "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setattr("paceline.target.vllm.server._CONNECTOR", "other_parts")
+    seen: list[frozenset[str]] = []
+
+    def load(path: Path) -> dict[str, torch.Tensor]:
+        stored = load_file(path)
+        seen.append(frozenset(stored))
+        return stored
+
+    monkeypatch.setattr("paceline.target.vllm.requests.load_file", load)
+    rows = [tiny_request((300, 1, 77, 646), seed=seed) for seed in range(6)]
+    rows.append(tiny_request((3000, 700, 513, 512), seed=11))
+    config = config_of("vllm", target, engine_python=str(python))
+    with open_engine(config) as engine:
+        prepare_selftest(config).run(config, engine).check(config.engine)
+        futures = [engine.capture(row, SPEC) for row in rows]
+        for row, future in zip(rows, futures, strict=True):
+            check_near(future.result(120), hf.capture(row, SPEC).result(60))
+        wrong = config.model_copy(update={"capture_layers": (1, 5, 7)})
+        with pytest.raises(TargetError, match="layer 5 asked, layer 4's output received"):
+            prepare_selftest(wrong).run(wrong, shifted(engine)).check(config.engine)
+    assert set(seen) == {frozenset({"hidden_states", "token_ids"})}

@@ -27,9 +27,16 @@ from paceline.cli.serve import build_target_config, split_engine_flags
 from paceline.config.target import TargetConfig
 from paceline.errors import ConfigError, StoppedError, TargetError
 from paceline.target.engines.flags import changes_what_is_computed, check_not_set, parse_flags, write_flags
-from paceline.target.engines.interface import EngineAddress
+from paceline.target.engines.interface import INSIDE, EngineAddress
 from paceline.target.engines.process import EngineProcess, private_directory
-from paceline.target.engines.programs import EngineProgram, check_spread, child_environment, find_program, visible_gpus
+from paceline.target.engines.programs import (
+    EngineProgram,
+    check_spread,
+    child_environment,
+    find_program,
+    release_of,
+    visible_gpus,
+)
 from paceline.target.engines.starting import start_engine
 from paceline.target.opening import ENGINES, open_engine
 from paceline.target.vllm.kind import VLLM
@@ -184,8 +191,10 @@ def test_an_address_that_is_no_servers_is_refused(url: str) -> None:
     ("status", "body", "says"),
     [
         (401, b"{}", r"refused the key \(401\): set PACELINE_ENGINE_KEY"),
-        (200, b'{"data": [{"id": "m"}]}', "'max_model_len'.*is it vLLM"),
-        (200, b'{"data": []}', "is it vLLM"),
+        (200, b'{"version": "0.24.0", "data": [{"id": "m"}]}', "'max_model_len'.*is it vLLM"),
+        (200, b'{"version": "0.23.0", "data": [{"id": "m"}]}', "has version 0.23.0, and vLLM before 0.24 mixes up"),
+        (200, b'{"version": "0.1.dev1+g12", "data": []}', "is it vLLM"),
+        (200, b'{"data": [{"id": "m", "max_model_len": 9}]}', "'version'.*is it vLLM"),
         (200, b"[]", "is it vLLM"),
     ],
 )
@@ -211,7 +220,7 @@ def test_an_engine_that_is_not_installed_is_named_with_its_python() -> None:
     config = TargetConfig(model="m", engine="vllm")
     with pytest.raises(ConfigError, match=r"has no package no-such-engine: pip install it, or set target\.engine_p"):
         find_program(config, ["no-such-engine"], "pip install it")
-    assert find_program(config, ["no-such-engine", "numpy"], "").release[0] >= 1
+    assert release_of(find_program(config, ["no-such-engine", "numpy"], "").version)[0] >= 1
     missing = TargetConfig(model="m", engine="vllm", engine_python="/nowhere/python")
     with pytest.raises(ConfigError, match=r"'/nowhere/python' cannot be run"):
         find_program(missing, ["numpy"], "")
@@ -301,6 +310,21 @@ def test_options_that_move_the_server_or_bring_others_along_are_refused(tiny_tar
         vllm_command(config, EngineProgram(Path("/python"), "0.32.0"), tiny_target, address)
 
 
+@pytest.mark.parametrize("version", ["0.24.0", "0.32.0", "0.1.dev7+gabc"])
+def test_vllm_gets_our_connector(tiny_target: Path, version: str) -> None:
+    program, address = EngineProgram(Path("/python"), version), EngineAddress("http://127.0.0.1:1", Path("/d"), (1, 3))
+    words = vllm_command(TargetConfig(model="m", engine="vllm"), program, tiny_target, address)
+    transfer = json.loads(words[words.index("--kv-transfer-config") + 1])
+    module = INSIDE / f"{transfer['kv_connector_module_path']}.py"
+    assert f"\n{transfer['kv_connector']}: type[" in module.read_text(encoding="utf-8")
+
+
+def test_a_vllm_that_mixes_up_documents_is_refused_before_it_starts(tiny_target: Path) -> None:
+    program, address = EngineProgram(Path("/python"), "0.23.0"), EngineAddress("http://127.0.0.1:1", Path("/d"), (0,))
+    with pytest.raises(TargetError, match=r"/python has version 0\.23\.0.*install vLLM 0\.24 or later"):
+        vllm_command(TargetConfig(model="m", engine="vllm"), program, tiny_target, address)
+
+
 @pytest.mark.parametrize("stated", [True, False], ids=["config.json says it", "only the weights say it"])
 def test_vllm_computes_in_the_data_type_that_transformers_would(tmp_path: Path, stated: bool) -> None:
     """It would take float32 for bfloat16 by itself, and be refused for it."""
@@ -316,16 +340,6 @@ def test_vllm_computes_in_the_data_type_that_transformers_would(tmp_path: Path, 
         assert command[command.index("--dtype") + 1] == dtype
     own = target.model_copy(update={"engine_args": {"dtype": "half"}})
     assert vllm_command(own, EngineProgram(Path("/python"), "0.32.0"), checkpoint, address).count("--dtype") == 1
-
-
-@pytest.mark.parametrize(("version", "ours"), [("0.25.1", False), ("0.26.0", True), ("0.32.0", True)])
-def test_a_vllm_whose_private_parts_are_known_gets_our_connector(version: str, ours: bool) -> None:
-    address = EngineAddress("http://127.0.0.1:1", Path("/nowhere"), (1, 3))
-    program = EngineProgram(Path(sys.executable), version)
-    words = VLLM.command(TargetConfig(model="m", engine="vllm", dtype="float32"), program, Path("m"), address)
-    transfer = json.loads(words[words.index("--kv-transfer-config") + 1])
-    assert transfer["kv_connector"] == ("HiddenStatesConnector" if ours else "ExampleHiddenStatesConnector")
-    assert ("kv_connector_module_path" in transfer) == ours
 
 
 def test_close_ends_an_engine_that_is_deaf_with_its_workers_and_its_directory() -> None:

@@ -49,11 +49,11 @@ class EngineProgram:
     """The interpreter of the environment that has it."""
     version: str
 
-    @property
-    def release(self) -> tuple[int, ...]:
-        """The numbers of the version, for comparisons: "0.32.0rc1" is (0, 32, 0)."""
-        found = re.match(r"\d+(\.\d+)*", self.version)
-        return tuple(int(part) for part in found[0].split(".")) if found else ()
+
+def release_of(version: str) -> tuple[int, ...]:
+    """The numbers of a version, for comparisons: of "0.32.0rc1" (0, 32, 0)."""
+    found = re.match(r"\d+(\.\d+)*", version)
+    return tuple(int(part) for part in found[0].split(".")) if found else ()
 
 
 def find_program(config: TargetConfig, packages: Sequence[str], install: str) -> EngineProgram:

@@ -1,19 +1,53 @@
 """What vLLM loads to write hidden states to files; runs in vLLM's process, which needs nothing else of paceline.
 
-vLLM's own connector copies through pinned memory, which a CPU build does not have, and does not say which layers a
-file holds. `_submit_async_write` is private to vLLM: it has been as it is here from 0.26 to 0.33.
+vLLM's own connector copies through pinned memory, which a CPU build does not have, does not say which layers a file
+holds, and leaves files of requests that are not ours. Ours is built on parts that are private to vLLM, the same from
+0.24 to 0.33; where they have changed, vLLM's own connector takes its place.
 """
 
 from __future__ import annotations
 
+import inspect
+import logging
 from typing import Any
 
 import torch
-from vllm.distributed.kv_transfer.kv_connector.v1.example_hidden_states_connector import (
-    ExampleHiddenStatesConnector,
-    PendingSave,
-    extract_from_kv_cache,
+from vllm.distributed.kv_transfer.kv_connector.v1 import example_hidden_states_connector as vllms
+from vllm.distributed.kv_transfer.kv_connector.v1.example_hidden_states_connector import ExampleHiddenStatesConnector
+
+_CALLS = {
+    "extract_from_kv_cache": ("kv_cache", "slot_mapping", "num_tokens"),
+    "PendingSave": ("req_id", "filename", "token_ids", "block_ids"),
+    "ExampleHiddenStatesConnector._write_tensors": ("tensors", "event", "filename", "lock_fd"),
+    "ExampleHiddenStatesConnector._submit_async_write": ("self", "pending"),
+    "ExampleHiddenStatesConnector._on_write_done": ("self", "req_id", "future"),
+    "ExampleHiddenStatesConnector.build_connector_meta": ("self", "scheduler_output"),
+    "ExampleHiddenStatesConnector.request_finished_all_groups": ("self", "request", "block_ids"),
+}
+_ATTRIBUTES = (
+    *("_vllm_config", "_kv_transfer_config", "_kv_cache", "_block_size", "_is_tp_rank_zero"),
+    *("_executor", "_lock_fds", "_req_copy_events", "_req_futures", "_request_filenames"),
 )
+
+
+def changed_parts() -> list[str]:
+    """What of vLLM's connector is not as ours is written for."""
+    changed = []
+    for path, expected in _CALLS.items():
+        part: Any = vllms
+        for name in path.split("."):
+            part = getattr(part, name, None)
+        found = None if part is None else tuple(inspect.signature(part).parameters)
+        if found != expected:
+            changed.append(f"{path} takes {found}, not {expected}")
+    names = {name for kind in ExampleHiddenStatesConnector.__mro__[:-1] for name in _names_in_init(kind)}
+    return changed + [f"there is no {name}" for name in _ATTRIBUTES if name not in names]
+
+
+def _names_in_init(kind: type) -> tuple[str, ...]:
+    """Attributes that the constructor names, among others."""
+    code = getattr(vars(kind).get("__init__"), "__code__", None)
+    return code.co_names if code else ()
 
 
 class _CopyOver:
@@ -26,7 +60,7 @@ class _CopyOver:
         return
 
 
-class HiddenStatesConnector(ExampleHiddenStatesConnector):
+class OurConnector(ExampleHiddenStatesConnector):
     """Files with `hidden_states` [n, L, H], `token_ids` int64[n] and `layer_ids` int64[L], in vLLM's numbering."""
 
     def _write_tensors(
@@ -59,7 +93,7 @@ class HiddenStatesConnector(ExampleHiddenStatesConnector):
             # being sent is right for it: its next step reports everything without a copy as sent.
             return True, None
 
-    def _submit_async_write(self, pending: PendingSave) -> None:
+    def _submit_async_write(self, pending: Any) -> None:
         if self._kv_cache.device.type != "cpu":
             super()._submit_async_write(pending)
             return
@@ -68,13 +102,19 @@ class HiddenStatesConnector(ExampleHiddenStatesConnector):
         blocks = torch.tensor(pending.block_ids, dtype=torch.int64)
         slots = (blocks[:, None] * self._block_size + torch.arange(self._block_size)).flatten()
         # Indexing copies: vLLM may give the blocks to another request as soon as this returns.
-        tensors = {
-            "hidden_states": extract_from_kv_cache(self._kv_cache, slots, len(pending.token_ids)).contiguous(),
-            "token_ids": pending.token_ids.to(torch.int64),
-        }
+        states = vllms.extract_from_kv_cache(self._kv_cache, slots, len(pending.token_ids))
+        tensors = {"hidden_states": states.contiguous(), "token_ids": pending.token_ids.to(torch.int64)}
         over = _CopyOver()
         lock_fd = self._lock_fds.pop(pending.req_id, None)  # locked before the client was told of the file
         future = self._executor.submit(self._write_tensors, tensors, over, pending.filename, lock_fd)
         self._req_copy_events[pending.req_id] = over
         self._req_futures[pending.req_id] = future
         future.add_done_callback(lambda done: self._on_write_done(pending.req_id, done))
+
+
+HiddenStatesConnector: type[ExampleHiddenStatesConnector] = OurConnector
+if _changed := changed_parts():
+    logging.getLogger("vllm.paceline").warning(
+        "paceline's connector does not fit this vLLM, whose own takes its place: %s", "; ".join(_changed)
+    )
+    HiddenStatesConnector = ExampleHiddenStatesConnector

@@ -14,6 +14,7 @@ from torch import Tensor
 from paceline.errors import CaptureMismatchError, TargetError, TransportError
 from paceline.target.engines.document_requests import DocumentRequests, growing_pauses
 from paceline.target.engines.interface import CapturedDocument, EngineAddress
+from paceline.target.vllm.server import check_version
 
 
 class VLLMRequests(DocumentRequests):
@@ -23,8 +24,10 @@ class VLLMRequests(DocumentRequests):
         super().__init__("vLLM", address)
 
     def _ask_max_tokens(self) -> int:
+        running = self._calls.call("GET", "/version")
         served = self._calls.call("GET", "/v1/models")
         try:
+            check_version(running["version"], self.name)
             self._model: str = served["data"][0]["id"]
             return int(served["data"][0]["max_model_len"]) - 1  # vLLM wants room for one token more
         except (KeyError, IndexError, TypeError, ValueError) as error:

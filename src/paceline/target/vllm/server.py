@@ -8,14 +8,16 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from paceline.config.target import TargetConfig
+from paceline.errors import TargetError
 from paceline.target.engines.flags import check_not_set, option_name, write_flags
 from paceline.target.engines.interface import EngineAddress
 from paceline.target.engines.own_files import NAMES_BEGIN
-from paceline.target.engines.programs import EngineProgram
+from paceline.target.engines.programs import EngineProgram, release_of
 from paceline.target.hf.loading import resolve_dtype
 
 KEY = "VLLM_API_KEY"
 _CONNECTOR = "paceline_vllm_connector"
+"""On vLLM's import path; it gives way to vLLM's own where that has changed."""
 _MAX_SOCKET_DIRECTORY = 64
 """Characters: the system takes 107, and vLLM adds 37."""
 _OWN_FLAGS = (
@@ -26,8 +28,9 @@ _OWN_FLAGS = (
 )
 _NEGATION = "no-"
 """Its options of yes and no are argparse.BooleanOptionalAction."""
-_FIRST_WITH_OUR_CONNECTOR = (0, 26)
-"""Older ones have other private parts, and get vLLM's own connector."""
+_FIRST = (0, 24)
+"""Until 0.23 hidden states were taken from a step as if all its prompts began in it, whole, and nothing else was in it:
+documents got each other's (read in vLLM's example_hidden_states_connector.py)."""
 SPREADING = (
     *("tensor-parallel-size", "-tp", "pipeline-parallel-size", "-pp", "data-parallel-size", "-dp"),
     *("data-parallel-size-local", "-dpl", "prefill-context-parallel-size", "-pcp"),
@@ -35,12 +38,22 @@ SPREADING = (
 """Options that say over how many GPUs a target is spread."""
 
 
-def capture_flags(layers: Sequence[int], directory: Path, connector_module: str | None) -> list[str]:
+def check_version(version: str, name: str) -> None:
+    """Raise TargetError for a vLLM whose hidden states are not those of the tokens they come with."""
+    release = release_of(version)
+    if release < _FIRST and ".dev" not in version:  # a build of its own sources may call itself 0.1.dev1
+        first = ".".join(map(str, _FIRST))
+        raise TargetError(
+            f"{name} has version {version}, and vLLM before {first} mixes up the hidden states of documents that it "
+            f"computes together: install vLLM {first} or later"
+        )
+
+
+def capture_flags(layers: Sequence[int], directory: Path) -> list[str]:
     """Command line words with which a vLLM writes hidden states as the engine reads them.
 
     Args:
         layers: 0-based; vLLM's id i + 1 is the output of decoder layer i.
-        connector_module: ours, on vLLM's import path; None is vLLM's own connector.
     """
     layer_ids = [layer + 1 for layer in layers]
     speculative = {
@@ -49,12 +62,11 @@ def capture_flags(layers: Sequence[int], directory: Path, connector_module: str 
         "draft_model_config": {"hf_config": {"eagle_aux_hidden_state_layer_ids": layer_ids}},
     }
     transfer = {
-        "kv_connector": "ExampleHiddenStatesConnector" if connector_module is None else "HiddenStatesConnector",
+        "kv_connector": "HiddenStatesConnector",
+        "kv_connector_module_path": _CONNECTOR,
         "kv_role": "kv_producer",
         "kv_connector_extra_config": {"shared_storage_path": str(directory), "paceline_prefix": NAMES_BEGIN},
     }
-    if connector_module is not None:
-        transfer["kv_connector_module_path"] = connector_module
     return [
         *("--speculative-config", json.dumps(speculative)),
         *("--kv-transfer-config", json.dumps(transfer)),
@@ -67,14 +79,15 @@ def vllm_command(config: TargetConfig, program: EngineProgram, checkpoint: Path,
 
     Raises:
         ConfigError: options that are set here.
+        TargetError: a vLLM that is too old.
     """
+    check_version(program.version, str(program.python))
     check_not_set(config.engine_args, _OWN_FLAGS, "vLLM")
     parts = urlsplit(address.url)
-    ours = program.release >= _FIRST_WITH_OUR_CONNECTOR
     return [
         *(str(program.python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(checkpoint)),
         *("--host", str(parts.hostname), "--port", str(parts.port)),
-        *capture_flags(address.layers, address.directory, _CONNECTOR if ours else None),
+        *capture_flags(address.layers, address.directory),
         *_flags_of_target(config, checkpoint),
         *write_flags(config.engine_args, _NEGATION),
     ]
