@@ -50,7 +50,7 @@ def forward(hooks: ModuleType, directory: Path, given: tuple[object, ...], layer
 
 def settle(hooks: ModuleType, directory: Path) -> list[str]:
     """Names of the files once the writers are done."""
-    hooks._capture(str(directory), (0, 2), "paceline-")._writers.shutdown()
+    hooks._capture(str(directory), (0, 2), "paceline-", True)._writers.shutdown()
     return sorted(path.name for path in directory.iterdir())
 
 
@@ -136,7 +136,7 @@ def test_a_layer_that_was_not_seen_is_named_instead(hooks: ModuleType, tmp_path:
 
 def test_a_hook_never_raises(hooks: ModuleType, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     forward(hooks, tmp_path / "missing", (Batch(),))
-    hooks._capture(str(tmp_path / "missing"), (0, 2), "paceline-")._writers.shutdown()
+    hooks._capture(str(tmp_path / "missing"), (0, 2), "paceline-", True)._writers.shutdown()
     hooks.build_hook({"directory": str(tmp_path), "layers": LAYERS, "prefix": "", "layer": 0})(nn.Identity(), (), None)
     assert "cannot be written" in caplog.text
     assert "the hidden states of layer 0 cannot be kept" in caplog.text
@@ -171,7 +171,7 @@ def test_the_model_waits_for_files_that_are_slower(
     monkeypatch.setattr(hooks, "save_file", lambda *words: gate.wait(30) and write(*words))
     monkeypatch.setattr(hooks, "_MAX_WAITING_BYTES", 300)  # a batch has 160
     forward(hooks, tmp_path, (Batch(),))
-    capture = hooks._capture(str(tmp_path), (0, 2), "paceline-")
+    capture = hooks._capture(str(tmp_path), (0, 2), "paceline-", True)
     assert capture._waiting_bytes == 160
     second = threading.Thread(target=forward, args=(hooks, tmp_path, (Batch(),)))
     second.start()
@@ -196,7 +196,7 @@ def test_a_batch_that_cannot_be_copied_leaves_room_for_the_next(
     with monkeypatch.context() as patch:
         patch.setattr(hooks._Capture, "_to_host", no_memory)
         forward(hooks, tmp_path, (Batch(),))
-    assert hooks._capture(str(tmp_path), (0, 2), "paceline-")._waiting_bytes == 0
+    assert hooks._capture(str(tmp_path), (0, 2), "paceline-", True)._waiting_bytes == 0
     assert "cannot be copied to the host" in (tmp_path / "paceline-1.error").read_text()
     forward(hooks, tmp_path, (Batch(),))
     assert "paceline-1.7.safetensors" in settle(hooks, tmp_path)
@@ -231,7 +231,43 @@ def test_files_that_are_never_written_do_not_hold_the_model_for_ever(
     hooks: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hooks, "_MAX_WAIT_S", 0.1)
-    hooks._capture(str(tmp_path), (0, 2), "paceline-")._waiting_bytes = hooks._MAX_WAITING_BYTES
+    hooks._capture(str(tmp_path), (0, 2), "paceline-", True)._waiting_bytes = hooks._MAX_WAITING_BYTES
     forward(hooks, tmp_path, (Batch(),))
     assert settle(hooks, tmp_path) == ["paceline-1.error"]
     assert "no file was written for 0 s: is " in (tmp_path / "paceline-1.error").read_text()
+
+
+class OwedStream(SimpleNamespace):
+    """Of SGLang from 0.5.21 on over two GPUs: each has half of what comes to the residual."""
+
+    def snapshot(self, hidden: SimpleNamespace) -> torch.Tensor:
+        assert hidden.contribution is self.pending
+        self.calls.append(self.layer)
+        return self.residual + 2 * self.pending.value
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_every_process_takes_part_in_the_sums_and_the_first_one_keeps_them(
+    hooks: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    """One that did not would leave the others waiting."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
+    config = {"directory": str(tmp_path), "layers": LAYERS, "prefix": "paceline-"}
+    calls: list[int] = []
+    batch = Batch()
+    for layer in LAYERS:
+        pending = SimpleNamespace(value=torch.full((5, 4), 0.5), update=SimpleNamespace(is_plain_add=True))
+        residual = torch.full((5, 4), float(layer))
+        batch.residual_stream = OwedStream(residual=residual, pending=pending, calls=calls, layer=layer)
+        output = SimpleNamespace(contribution=pending)
+        hooks.build_hook({**config, "layer": layer})(nn.Identity(), (None, batch), output)
+        assert pending.value.eq(0.5).all()
+    batch.residual_stream = None
+    hooks.build_hook({**config, "layer": None})(nn.Identity(), (batch,), None)
+    assert calls == LAYERS
+    hooks._capture(str(tmp_path), (0, 2), "paceline-", rank == 0)._writers.shutdown()
+    assert len(list(tmp_path.iterdir())) == (1 if rank == 0 else 0)
+    if rank == 0:
+        hidden = load_file(tmp_path / "paceline-1.7.safetensors")["hidden_states"]
+        assert hidden.eq(torch.tensor([1.0, 3.0])[:, None]).all()

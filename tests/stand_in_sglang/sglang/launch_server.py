@@ -44,6 +44,13 @@ class Stream:
     def __init__(self) -> None:
         self.residual, self.pending = None, None
 
+    def snapshot(self, hidden: SimpleNamespace) -> Tensor:
+        """The sum over all processes, of which each has half of the last part."""
+        assert hidden.contribution is self.pending
+        if self.pending.value is None:
+            raise NotImplementedError("a finalize handoff requires main-output capture")
+        return 2 * self.pending.value + self.residual
+
 
 class StreamLayer(nn.Module):
     """Returns what comes to the residual of the batch; one in three adds it itself, one names experts beside it."""
@@ -52,14 +59,16 @@ class StreamLayer(nn.Module):
         stream = batch.residual_stream
         if stream.pending is not None:  # as the norm of a real layer, which adds in place
             stream.residual.fill_(torch.nan)
-            stream.pending.value.fill_(torch.nan)
+            if stream.pending.value is not None:
+                stream.pending.value.fill_(torch.nan)
         noise = torch.round(self.state * 0 + 1.0)
         if self.index % 3 == 2 and STREAM in ("plain", "named"):
             stream.residual, stream.pending = self.state, None
             return self.state
         stream.residual = self.state - noise
         stream.pending = SimpleNamespace(value=noise, update=SimpleNamespace(is_plain_add=STREAM != "gated"))
-        if STREAM == "owed":
+        if STREAM in ("owed", "finalize"):
+            stream.pending.value = noise / 2 if STREAM == "owed" else None
             return SimpleNamespace(contribution=stream.pending)
         return (noise, torch.zeros(len(noise), 2)) if self.index % 3 == 1 else noise
 

@@ -53,10 +53,15 @@ class _Part:
 class _Capture:
     """The hidden states of the batch that is computed now, and those on their way into files."""
 
-    def __init__(self, layers: tuple[int, ...], directory: Path, prefix: str) -> None:
+    def __init__(self, layers: tuple[int, ...], directory: Path, prefix: str, keeps: bool) -> None:
+        """Start the writers.
+
+        Args:
+            keeps: False in processes whose states another one has, too: they only take part in its sums.
+        """
         self._slots = {layer: slot for slot, layer in enumerate(layers)}
         self._layer_ids = torch.tensor(layers, dtype=torch.int64)
-        self._directory, self._prefix = directory, prefix
+        self._directory, self._prefix, self._keeps = directory, prefix, keeps
         self._states: Tensor | None = None
         self._taken: list[int] = []
         """In the order they came in this batch."""
@@ -81,14 +86,14 @@ class _Capture:
             whole: the sum is there already, whatever is beside it.
         """
         try:
-            batch = self._batch or _find_batch(arguments)
-            stream = getattr(batch, "residual_stream", None)
-            if stream is None:
-                self._take(layer, output, whole)
-            elif problem := _unreadable(stream, output):
+            stream = getattr(self._batch or _find_batch(arguments), "residual_stream", None)
+            if stream is not None and (problem := _unreadable(stream, output)):
                 self._fault = f"layer {layer}'s output {problem}"
-            else:
-                self._take(layer, (_head(output), stream.residual if stream.pending is not None else None), False)
+                return
+            if stream is not None:  # of all processes together, where the sum over them is left to the next layer
+                output, whole = _read(stream, _head(output)), False
+            if self._keeps:
+                self._take(layer, output, whole)
         except Exception as error:  # no memory: those who wait for the states must hear of it
             logger.exception("the hidden states of layer %d cannot be kept", layer)
             self._fault = f"layer {layer}'s output cannot be kept: {type(error).__name__}: {error}"
@@ -130,6 +135,8 @@ class _Capture:
         states, self._states = self._states, None
         taken, self._taken = set(self._taken), []
         fault, self._fault = self._fault, ""
+        if not self._keeps:
+            return
         if (states is None and not fault) or not batch.forward_mode.is_extend():
             return
         parts = list(_parts(batch, self._prefix))
@@ -246,16 +253,21 @@ def _unreadable(stream: Any, output: Any) -> str:
             which the next one adds; without `pending` the layer has added it itself.
     """
     hidden, pending = _head(output), stream.pending
-    if not isinstance(hidden, Tensor):  # adding it up takes all GPUs, and hooks run on one
-        return "is not summed over GPUs when it ends: SGLang from 0.5.21 on is captured on one GPU only"
     if pending is None:
         return "" if stream.residual is None or hidden is stream.residual else "is not the residual of its batch"
-    if hidden is not pending.value:
+    if getattr(hidden, "contribution", hidden) is not (pending.value if isinstance(hidden, Tensor) else pending):
         return "is not what comes to the residual of its batch"
     update = pending.update
     if not getattr(update, "is_plain_add", getattr(update, "adds_plainly", False)):  # of 0.5.22, of 0.5.21
         return "is added to the residual in the next layer's own way, for which there is no capture"
     return ""
+
+
+def _read(stream: Any, hidden: Any) -> tuple[Tensor, Tensor | None]:
+    """A layer's output as (hidden, residual) or (sum, None), of what `_unreadable` has let pass."""
+    if not isinstance(hidden, Tensor):  # its sum over GPUs is the next layer's business: SGLang's own copy of it
+        return stream.snapshot(hidden), None
+    return hidden, stream.residual if stream.pending is not None else None
 
 
 def _by_token(states: Any) -> Any:
@@ -274,13 +286,13 @@ def _parts(batch: Any, prefix: str) -> Iterator[_Part]:
 
 
 @functools.cache
-def _capture(directory: str, layers: tuple[int, ...], prefix: str) -> _Capture:
+def _capture(directory: str, layers: tuple[int, ...], prefix: str, keeps: bool) -> _Capture:
     """The one of all hooks."""
-    return _Capture(layers, Path(directory), prefix)
+    return _Capture(layers, Path(directory), prefix, keeps)
 
 
-def build_hook(config: Mapping[str, Any]) -> Hook | None:
-    """A hook for `--forward-hooks`; None in processes whose states another one has, too.
+def build_hook(config: Mapping[str, Any]) -> Hook:
+    """A hook for `--forward-hooks`.
 
     Args:
         config: "directory"; "prefix" of the ids of requests that are written, others are other clients'; "layers", all
@@ -288,11 +300,9 @@ def build_hook(config: Mapping[str, Any]) -> Hook | None:
             them.
     """
     distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_rank() > 0:
-        return None
+    first = not (distributed.is_available() and distributed.is_initialized() and distributed.get_rank() > 0)
     layer = config["layer"]
-    capture = _capture(str(config["directory"]), tuple(config["layers"]), str(config["prefix"]))
-
+    capture = _capture(str(config["directory"]), tuple(config["layers"]), str(config["prefix"]), first)
     followed: set[nn.Module] = set()
 
     def hook(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
