@@ -89,8 +89,8 @@ class OurConnector(ExampleHiddenStatesConnector):
             answer: tuple[bool, dict[str, Any] | None] = super().request_finished_all_groups(request, block_ids)
             return answer
         except KeyError:
-            # 0.26 has no file for a request that was given up before its turn, and would end here. That it is still
-            # being sent is right for it: its next step reports everything without a copy as sent.
+            # Up to 0.26 a request that was given up before its turn has no file, and vLLM would end here. That it is
+            # still being sent is right for it: its next step reports everything without a copy as sent.
             return True, None
 
     def _submit_async_write(self, pending: Any) -> None:

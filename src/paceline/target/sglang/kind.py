@@ -10,7 +10,7 @@ SGLANG = EngineKind(
     title="SGLang",
     packages=("sglang",),
     install='pip install "paceline[sglang]" (in a checkout: pip install -e ".[sglang]", without constraints.txt)',
-    tried=("0.5.14",),
+    tried=("0.5.14", "0.5.23"),
     # It is given a directory. Its first request may compile kernels for minutes: ours to say for how many.
     variables={"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "SGLANG_WARMUP_TIMEOUT": "86400"},
     spreading=SPREADING,

