@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -192,9 +193,13 @@ def test_an_address_that_is_no_servers_is_refused(url: str) -> None:
     [
         (401, b"{}", r"refused the key \(401\): set PACELINE_ENGINE_KEY"),
         (200, b'{"version": "0.24.0", "data": [{"id": "m"}]}', "'max_model_len'.*is it vLLM"),
-        (200, b'{"version": "0.23.0", "data": [{"id": "m"}]}', "has version 0.23.0, and vLLM before 0.24 mixes up"),
-        (200, b'{"version": "0.1.dev1+g12", "data": []}', "is it vLLM"),
-        (200, b'{"data": [{"id": "m", "max_model_len": 9}]}', "'version'.*is it vLLM"),
+        (
+            200,
+            b'{"version": "0.23.0", "data": [{"id": "m", "max_model_len": 9}]}',
+            "is version 0.23.0, and vLLM before 0.24 gives a document",
+        ),
+        (200, b'{"data": []}', "is it vLLM"),
+        (200, b'{"data": [{"id": "m", "max_model_len": 9}]}', "does not say its version.*a proxy"),
         (200, b"[]", "is it vLLM"),
     ],
 )
@@ -310,7 +315,7 @@ def test_options_that_move_the_server_or_bring_others_along_are_refused(tiny_tar
         vllm_command(config, EngineProgram(Path("/python"), "0.32.0"), tiny_target, address)
 
 
-@pytest.mark.parametrize("version", ["0.24.0", "0.32.0", "0.1.dev7+gabc"])
+@pytest.mark.parametrize("version", ["0.24.0", "0.32.0", "0.26.0+cpu", "0.1.dev7+gabc", "0.0.0", "dev", "v0.26.0"])
 def test_vllm_gets_our_connector(tiny_target: Path, version: str) -> None:
     program, address = EngineProgram(Path("/python"), version), EngineAddress("http://127.0.0.1:1", Path("/d"), (1, 3))
     words = vllm_command(TargetConfig(model="m", engine="vllm"), program, tiny_target, address)
@@ -319,9 +324,10 @@ def test_vllm_gets_our_connector(tiny_target: Path, version: str) -> None:
     assert f"\n{transfer['kv_connector']}: type[" in module.read_text(encoding="utf-8")
 
 
-def test_a_vllm_that_mixes_up_documents_is_refused_before_it_starts(tiny_target: Path) -> None:
-    program, address = EngineProgram(Path("/python"), "0.23.0"), EngineAddress("http://127.0.0.1:1", Path("/d"), (0,))
-    with pytest.raises(TargetError, match=r"/python has version 0\.23\.0.*install vLLM 0\.24 or later"):
+@pytest.mark.parametrize("version", ["0.23.0", "0.22.1rc1.dev300+g12", "0.9.2"])
+def test_a_vllm_that_mixes_up_documents_is_refused_before_it_starts(tiny_target: Path, version: str) -> None:
+    program, address = EngineProgram(Path("/python"), version), EngineAddress("http://127.0.0.1:1", Path("/d"), (0,))
+    with pytest.raises(TargetError, match=rf"/python is version {re.escape(version)}.*install vLLM 0\.24 or later"):
         vllm_command(TargetConfig(model="m", engine="vllm"), program, tiny_target, address)
 
 

@@ -147,7 +147,7 @@ def test_a_hook_never_raises(hooks: ModuleType, tmp_path: Path, caplog: pytest.L
     [
         (None, SimpleNamespace(value=torch.ones(5, 4), update=None), "is not what comes to the residual of its batch"),
         (torch.ones(5, 4), None, "is not the residual of its batch"),
-        (torch.ones(5, 4), SimpleNamespace(), "cannot be kept: AttributeError"),
+        (torch.ones(5, 4), SimpleNamespace(), "is not understood: AttributeError"),
     ],
 )
 def test_an_output_that_is_not_of_its_batch_is_said(
@@ -244,6 +244,33 @@ class OwedStream(SimpleNamespace):
         assert hidden.contribution is self.pending
         self.calls.append(self.layer)
         return self.residual + 2 * self.pending.value
+
+
+def test_a_sum_that_fails_in_one_process_ends_its_engine(hooks: ModuleType, tmp_path: Path) -> None:
+    """Others may have theirs, and would go on one collective ahead: states of the next batches would be wrong."""
+
+    class Full(SimpleNamespace):
+        def snapshot(self, hidden: SimpleNamespace) -> torch.Tensor:
+            raise torch.OutOfMemoryError("no room for the copy")
+
+    hook = hooks.build_hook({"directory": str(tmp_path), "layers": LAYERS, "prefix": "paceline-", "layer": 0})
+    pending = SimpleNamespace(value=torch.ones(5, 4), update=SimpleNamespace(is_plain_add=True))
+    batch = Batch()
+    batch.residual_stream = Full(residual=torch.ones(5, 4), pending=pending)
+    with pytest.raises(torch.OutOfMemoryError, match="no room for the copy"):
+        hook(nn.Identity(), (batch,), SimpleNamespace(contribution=pending))
+
+
+def test_steps_that_decode_take_part_in_nothing(hooks: ModuleType, tmp_path: Path) -> None:
+    """They are other clients', and a sum more for each of their tokens would slow them down."""
+    hook = hooks.build_hook({"directory": str(tmp_path), "layers": LAYERS, "prefix": "paceline-", "layer": 0})
+    calls: list[int] = []
+    pending = SimpleNamespace(value=torch.ones(5, 4), update=SimpleNamespace(is_plain_add=True))
+    for extend in (True, False):
+        batch = Batch(extend=extend)
+        batch.residual_stream = OwedStream(residual=torch.ones(5, 4), pending=pending, calls=calls, layer=0)
+        hook(nn.Identity(), (batch,), SimpleNamespace(contribution=pending))
+        assert calls == [0]
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -1,7 +1,8 @@
 """What SGLang loads to write hidden states to files; runs in its scheduler, which needs nothing else of paceline.
 
 `--forward-hooks` puts a hook on each captured decoder layer, and one on the module around them: it ends after them, and
-is given the batch. A hook never raises: that would end the engine.
+is given the batch. A hook raises nothing, which would end the engine, but where processes of one target would go on out
+of step with each other.
 """
 
 from __future__ import annotations
@@ -84,16 +85,28 @@ class _Capture:
         Args:
             arguments: those of the layer that are not named, the batch among them for most.
             whole: the sum is there already, whatever is beside it.
+
+        Raises:
+            Exception: a sum over all processes failed in this one, and the others may have it: the engine must end.
         """
         try:
-            stream = getattr(self._batch or _find_batch(arguments), "residual_stream", None)
-            if stream is not None and (problem := _unreadable(stream, output)):
-                self._fault = f"layer {layer}'s output {problem}"
+            batch = self._batch or _find_batch(arguments)
+            if batch is not None and not batch.forward_mode.is_extend():
                 return
-            if stream is not None:  # of all processes together, where the sum over them is left to the next layer
-                output, whole = _read(stream, _head(output)), False
-            if self._keeps:
-                self._take(layer, output, whole)
+            stream = getattr(batch, "residual_stream", None)
+            problem = "" if stream is None else _unreadable(stream, output)
+        except Exception as error:
+            logger.exception("the output of layer %d is not understood", layer)
+            problem = f"is not understood: {type(error).__name__}: {error}"
+        if problem:
+            self._fault = f"layer {layer}'s output {problem}"
+            return
+        if stream is not None:
+            output, whole = _read(stream, _head(output)), False
+        if not self._keeps:
+            return
+        try:
+            self._take(layer, output, whole)
         except Exception as error:  # no memory: those who wait for the states must hear of it
             logger.exception("the hidden states of layer %d cannot be kept", layer)
             self._fault = f"layer {layer}'s output cannot be kept: {type(error).__name__}: {error}"
@@ -257,6 +270,8 @@ def _unreadable(stream: Any, output: Any) -> str:
         return "" if stream.residual is None or hidden is stream.residual else "is not the residual of its batch"
     if getattr(hidden, "contribution", hidden) is not (pending.value if isinstance(hidden, Tensor) else pending):
         return "is not what comes to the residual of its batch"
+    if pending.value is None:  # known to what computes experts
+        return "is computed to its end by the next layer only, for which there is no capture"
     update = pending.update
     if not getattr(update, "is_plain_add", getattr(update, "adds_plainly", False)):  # of 0.5.22, of 0.5.21
         return "is added to the residual in the next layer's own way, for which there is no capture"
@@ -264,8 +279,11 @@ def _unreadable(stream: Any, output: Any) -> str:
 
 
 def _read(stream: Any, hidden: Any) -> tuple[Tensor, Tensor | None]:
-    """A layer's output as (hidden, residual) or (sum, None), of what `_unreadable` has let pass."""
-    if not isinstance(hidden, Tensor):  # its sum over GPUs is the next layer's business: SGLang's own copy of it
+    """A layer's output as (hidden, residual) or (sum, None), of what `_unreadable` has let pass.
+
+    Where the sum over GPUs is left to the next layer, this is a collective: SGLang sums up a copy.
+    """
+    if not isinstance(hidden, Tensor):
         return stream.snapshot(hidden), None
     return hidden, stream.residual if stream.pending is not None else None
 
@@ -306,10 +324,11 @@ def build_hook(config: Mapping[str, Any]) -> Hook:
     followed: set[nn.Module] = set()
 
     def hook(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        if layer is not None:
+            capture.take(layer, arguments, output, type(module).__name__ in _WHOLE)
+            return
         try:
-            if layer is not None:
-                capture.take(layer, arguments, output, type(module).__name__ in _WHOLE)
-            elif module not in followed:
+            if module not in followed:
                 # SGLang registers hooks that are given no keywords, by which some models hand over the batch. The
                 # first one is its own, of its warm-up.
                 followed.add(module)

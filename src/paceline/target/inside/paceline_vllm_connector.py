@@ -1,8 +1,8 @@
 """What vLLM loads to write hidden states to files; runs in vLLM's process, which needs nothing else of paceline.
 
 vLLM's own connector copies through pinned memory, which a CPU build does not have, does not say which layers a file
-holds, and leaves files of requests that are not ours. Ours is built on parts that are private to vLLM, the same from
-0.24 to 0.33; where they have changed, vLLM's own connector takes its place.
+holds, and leaves files of requests that are not ours. Ours is built on parts that are private to vLLM, whose names and
+arguments are the same from 0.24 to 0.32; where they have changed, vLLM's own connector takes its place.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.example_hidden_states_connecto
 
 _CALLS = {
     "extract_from_kv_cache": ("kv_cache", "slot_mapping", "num_tokens"),
+    "ExampleHiddenStatesConnectorMetadata": ("pending_saves", "new_req_filenames"),
     "PendingSave": ("req_id", "filename", "token_ids", "block_ids"),
     "ExampleHiddenStatesConnector._write_tensors": ("tensors", "event", "filename", "lock_fd"),
     "ExampleHiddenStatesConnector._submit_async_write": ("self", "pending"),
@@ -37,7 +38,7 @@ def changed_parts() -> list[str]:
         part: Any = vllms
         for name in path.split("."):
             part = getattr(part, name, None)
-        found = None if part is None else tuple(inspect.signature(part).parameters)
+        found = tuple(inspect.signature(part).parameters) if callable(part) else None
         if found != expected:
             changed.append(f"{path} takes {found}, not {expected}")
     names = {name for kind in ExampleHiddenStatesConnector.__mro__[:-1] for name in _names_in_init(kind)}

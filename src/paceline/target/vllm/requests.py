@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import shutil
 import time
 from pathlib import Path
@@ -16,24 +17,33 @@ from paceline.target.engines.document_requests import DocumentRequests, growing_
 from paceline.target.engines.interface import CapturedDocument, EngineAddress
 from paceline.target.vllm.server import check_version
 
+logger = logging.getLogger(__name__)
+
 
 class VLLMRequests(DocumentRequests):
     """Documents through one vLLM server."""
 
     def __init__(self, address: EngineAddress) -> None:
         super().__init__("vLLM", address)
+        self._has_warned = False
 
     def _ask_max_tokens(self) -> int:
-        running = self._calls.call("GET", "/version")
         served = self._calls.call("GET", "/v1/models")
         try:
-            check_version(running["version"], self.name)
             self._model: str = served["data"][0]["id"]
-            return int(served["data"][0]["max_model_len"]) - 1  # vLLM wants room for one token more
+            max_tokens = int(served["data"][0]["max_model_len"]) - 1  # vLLM wants room for one token more
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise TargetError(
                 f"{self.name} does not say which model it serves, and of how many tokens ({error!r}): is it vLLM?"
             ) from error
+        try:
+            version = str(self._calls.call("GET", "/version")["version"])
+        except (TargetError, KeyError, TypeError) as error:
+            raise TargetError(
+                f"{self.name} does not say its version ({error}): is it vLLM itself, or a proxy that has no /version?"
+            ) from error
+        check_version(version, self.name)
+        return max_tokens
 
     def _capture(self, sent: list[int], name: str) -> CapturedDocument:
         deadline = time.monotonic() + self._calls.timeout_s
@@ -61,9 +71,19 @@ class VLLMRequests(DocumentRequests):
                 f"vLLM captured {len(received)} tokens {received[:8]}..., {len(sent)} were sent: {sent[:8]}..."
             )
         (next_token,) = answer["choices"][0]["token_ids"]
-        # vLLM's own connector does not say which layers a file holds: the self-test tells.
-        layer_ids = stored["layer_ids"].tolist() if "layer_ids" in stored else [layer + 1 for layer in self.layers]
+        layer_ids = stored["layer_ids"].tolist() if "layer_ids" in stored else self._believe_layers()
         return CapturedDocument(stored["hidden_states"], [layer_id - 1 for layer_id in layer_ids], next_token)
+
+    def _believe_layers(self) -> list[int]:
+        """Those that were asked for, in vLLM's numbering; its own connector does not say which a file holds."""
+        if not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "%s writes through vLLM's own connector (its log says why, if paceline started it): files do not say "
+                "which layers they hold, which the self-test must tell",
+                self.name,
+            )
+        return [layer + 1 for layer in self.layers]
 
     def _read(self, name: str, deadline: float) -> dict[str, Tensor]:
         """The tensors of a file in the server's directory, which is removed; only its name is the server's word."""

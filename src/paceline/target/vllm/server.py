@@ -29,8 +29,10 @@ _OWN_FLAGS = (
 _NEGATION = "no-"
 """Its options of yes and no are argparse.BooleanOptionalAction."""
 _FIRST = (0, 24)
-"""Until 0.23 hidden states were taken from a step as if all its prompts began in it, whole, and nothing else was in it:
-documents got each other's (read in vLLM's example_hidden_states_connector.py)."""
+"""Until 0.23 a step's hidden states were cut up as if it held whole new prompts alone; beside requests of other clients
+documents got states that were not theirs (read in vLLM's example_hidden_states_connector.py)."""
+_FIRST_KNOWN = (0, 2)
+"""Builds of vLLM's sources may call themselves 0.1.dev1, 0.0.0 or dev."""
 SPREADING = (
     *("tensor-parallel-size", "-tp", "pipeline-parallel-size", "-pp", "data-parallel-size", "-dp"),
     *("data-parallel-size-local", "-dpl", "prefill-context-parallel-size", "-pcp"),
@@ -40,12 +42,11 @@ SPREADING = (
 
 def check_version(version: str, name: str) -> None:
     """Raise TargetError for a vLLM whose hidden states are not those of the tokens they come with."""
-    release = release_of(version)
-    if release < _FIRST and ".dev" not in version:  # a build of its own sources may call itself 0.1.dev1
+    if _FIRST_KNOWN <= release_of(version) < _FIRST:
         first = ".".join(map(str, _FIRST))
         raise TargetError(
-            f"{name} has version {version}, and vLLM before {first} mixes up the hidden states of documents that it "
-            f"computes together: install vLLM {first} or later"
+            f"{name} is version {version}, and vLLM before {first} gives a document hidden states that are not its own "
+            f"where it computes anything but whole new prompts with it: install vLLM {first} or later"
         )
 
 
@@ -81,7 +82,7 @@ def vllm_command(config: TargetConfig, program: EngineProgram, checkpoint: Path,
         ConfigError: options that are set here.
         TargetError: a vLLM that is too old.
     """
-    check_version(program.version, str(program.python))
+    check_version(program.version, f"vLLM of {program.python}")
     check_not_set(config.engine_args, _OWN_FLAGS, "vLLM")
     parts = urlsplit(address.url)
     return [
