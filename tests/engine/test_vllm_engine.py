@@ -238,6 +238,28 @@ def test_this_version_is_among_those_that_the_documents_call_tried(target: Path)
     assert program.version in (Path(__file__).parents[2] / "docs" / "engines.md").read_text(encoding="utf-8")
 
 
+def test_rows_are_taken_until_their_tokens_are_as_many_as_the_setting(server: Server):
+    """With documents to spare: two are out, of 32 that could be."""
+    config = target_config(server.target, engine_tokens=1000)
+    core = descendants(server.process.pid)[-1]
+    with contextlib.closing(
+        DocumentEngine(config, VLLM.connect(server.address), load_outer_parts(config))
+    ) as one_engine:
+        assert one_engine.room() == 2 * config.engine_documents
+        os.kill(core, signal.SIGSTOP)
+        try:
+            rooms = []
+            futures = []
+            for seed in range(2):
+                futures.append(one_engine.capture(tiny_request((600,), seed=seed), EVERYTHING))
+                rooms.append(one_engine.room())
+        finally:
+            os.kill(core, signal.SIGCONT)
+        assert rooms == [1, 0]
+        assert all(future.result(60).finite for future in futures)
+        assert one_engine.room() == 2 * config.engine_documents
+
+
 def test_a_server_that_captures_other_layers_is_refused(server: Server):
     with pytest.raises(CaptureMismatchError, match=r"captured layers \[0, 2, 3\].*expected \[0, 1, 3\]"):
         server.engine(layers=(0, 1, 3))

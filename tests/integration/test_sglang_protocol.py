@@ -28,7 +28,14 @@ from contract.test_engine_contract import (  # noqa: F401  # collected here too,
     test_twenty_rows_submitted_without_waiting_come_back_right,
 )
 from paceline.config.target import TargetConfig
-from paceline.errors import CaptureMismatchError, ConfigError, PacelineError, TargetError, TransportError
+from paceline.errors import (
+    CaptureMismatchError,
+    ConfigError,
+    OutOfMemoryError,
+    PacelineError,
+    TargetError,
+    TransportError,
+)
 from paceline.target.engines.document_engine import DocumentEngine
 from paceline.target.engines.interface import EngineAddress
 from paceline.target.engines.outer_parts import load_outer_parts
@@ -132,6 +139,20 @@ def test_a_server_that_runs_already_is_reached_by_its_url(tiny_target: Path, ser
             row = tiny_request((20, 9), seed=4)
             check_against(reference, row, engine.capture(row, EVERYTHING).result(60))
     assert is_ready(SGLANG, server), "it is somebody else's"
+
+
+def test_no_memory_to_pack_a_row_fails_it_alone_and_names_the_settings(
+    engine: DocumentEngine, monkeypatch: pytest.MonkeyPatch
+):
+    def full(*_: object) -> dict[str, torch.Tensor]:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    row = tiny_request((9, 5))
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._outer.capture, "complete", full)
+        with pytest.raises(OutOfMemoryError, match=r"no memory to pack row .* of 14 tokens: lower data\.row_tokens or"):
+            engine.capture(row, EVERYTHING).result(60)
+    assert engine.capture(row, EVERYTHING).result(60).finite
 
 
 def test_requests_of_others_are_not_written(server: EngineAddress):

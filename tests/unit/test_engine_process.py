@@ -66,6 +66,16 @@ def is_there(root: Path) -> Callable[[], bool]:
     return (root / "ready").exists
 
 
+def test_an_engine_without_memory_says_so_before_its_last_lines() -> None:
+    """As vLLM and SGLang do: a process of theirs says why, and others end after it."""
+    words = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 3.00 GiB"
+    script = f"print({words!r}); [print('line', i) for i in range(40)]; raise SystemExit(1)"
+    process, _ = start(script)
+    with pytest.raises(TargetError, match=r"(?s)ended with code 1 before it was ready.*Tried to allocate 3.*line 39"):
+        process.wait_until(lambda: False, 30)
+    process.close()
+
+
 def test_options_of_an_engine_pass_through_a_table() -> None:
     words = ["--max-model-len", "4096", "--enforce-eager", "-tp=2", "--lora", "a", "b", "--offset", "-1", "--x={}"]
     table = parse_flags(words)
