@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -230,35 +232,78 @@ def test_a_run_goes_on_with_one_vllm_less(
     assert_losses_agree(config, inline)
 
 
-def test_an_engine_that_somebody_else_starts_is_attached_to_and_missed_when_it_goes(
-    engine_commands: Commands, target: Path, tmp_path: Path
-) -> None:
-    url, directory = f"http://127.0.0.1:{free_port()}", tmp_path / "hidden"
-    where = ("--engine-url", url, f"target.engine_directory={directory}", f"target.engine_python={PYTHON}")
-    shown = engine_commands.start(
+@contextlib.contextmanager
+def somebody_elses(
+    commands: Commands, target: Path, directory: Path, **other_words: str
+) -> Iterator[tuple[str, subprocess.Popen[bytes], tuple[str, ...]]]:
+    """A vLLM started by hand, ready: its URL, its shell, the words that attach to it.
+
+    Args:
+        other_words: in the place of options of the command that `paceline doctor` shows, without their dashes.
+    """
+    url, hidden = f"http://127.0.0.1:{free_port()}", directory / "hidden"
+    where = ("--engine-url", url, f"target.engine_directory={hidden}", f"target.engine_python={PYTHON}")
+    shown = commands.start(
         *("doctor", str(target), "--engine", "vllm", "--capture-layers", "0,1,2", "--show-command", *where),
         *("target.device=cpu", "target.dtype=float32", "--", *ARGS),
     )
     assert shown.wait() == 0, shown.output
+    command_line = shown.output.strip().splitlines()[-1]
+    for option, other in other_words.items():
+        word = "--" + option.replace("_", "-")
+        assert word in command_line
+        command_line = command_line.replace(word, other)
     variables = {**os.environ, "PACELINE_ENGINE_KEY": "secret", "VLLM_HOST_IP": "127.0.0.1"}
-    with (tmp_path / "vllm.log").open("wb") as log:
-        command_line = shown.output.strip().splitlines()[-1]
+    log = directory / "vllm.log"
+    with log.open("wb") as file:
         engine = subprocess.Popen(
-            ["/bin/sh", "-c", command_line], env=variables, stdout=log, stderr=log, start_new_session=True
+            ["/bin/sh", "-c", command_line], env=variables, stdout=file, stderr=file, start_new_session=True
         )
     try:
-        address = EngineAddress(url, directory, ())
-        assert wait_for(lambda: is_ready(VLLM, address), 400), (tmp_path / "vllm.log").read_text()
-        with Commands(tmp_path, {"PACELINE_ENGINE_KEY": "secret"}) as commands:
-            command = serve(commands, target, tmp_path / "server", *where)
-            ready(command, tmp_path / "server")
-            others = {"model": str(target), "prompt": [1, 2, 3], "max_tokens": 2}
-            assert EngineCalls("vLLM", url, "secret").call("POST", "/v1/completions", others)["choices"]
-            assert [path.suffix for path in directory.iterdir()] == [".owner"], "of others' requests nothing is written"
-            os.killpg(engine.pid, signal.SIGKILL)
-            assert command.wait(60) == 1
-            assert f"vLLM at {url} does not answer any more" in command.output
+        address = EngineAddress(url, hidden, ())
+        wait_for(lambda: is_ready(VLLM, address) or engine.poll() is not None, 400)
+        assert engine.poll() is None, log.read_text()
+        yield url, engine, where
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(engine.pid, signal.SIGKILL)
         engine.wait()
+
+
+def test_an_engine_that_somebody_else_starts_is_attached_to_and_missed_when_it_goes(
+    engine_commands: Commands, target: Path, tmp_path: Path
+) -> None:
+    with (
+        somebody_elses(engine_commands, target, tmp_path) as (url, engine, where),
+        Commands(tmp_path, {"PACELINE_ENGINE_KEY": "secret"}) as commands,
+    ):
+        command = serve(commands, target, tmp_path / "server", *where)
+        ready(command, tmp_path / "server")
+        others = {"model": str(target), "prompt": [1, 2, 3], "max_tokens": 2}
+        assert EngineCalls("vLLM", url, "secret").call("POST", "/v1/completions", others)["choices"]
+        left = [path.suffix for path in (tmp_path / "hidden").iterdir()]
+        assert left == [".owner"], "of others' requests nothing is written"
+        os.killpg(engine.pid, signal.SIGKILL)
+        assert command.wait(60) == 1
+        assert f"vLLM at {url} does not answer any more" in command.output
+
+
+def test_a_prefix_cache_of_an_attached_vllm_is_proven_harmless(
+    engine_commands: Commands, target: Path, tmp_path: Path
+) -> None:
+    """Hidden states of a cached prefix are cached with it: the self-test, which asks everything twice, gets them."""
+    with (
+        somebody_elses(engine_commands, target, tmp_path, no_enable_prefix_caching="--enable-prefix-caching") as (
+            url,
+            _,
+            where,
+        ),
+        Commands(tmp_path, {"PACELINE_ENGINE_KEY": "secret"}) as commands,
+    ):
+        done = commands.start("doctor", str(target), "--engine", "vllm", "--capture-layers", "0,1,2", *where)
+        assert done.wait(200) == 0, done.output
+        assert "as transformers does" in done.output
+        with urllib.request.urlopen(f"{url}/metrics", timeout=10) as answer:
+            metrics = answer.read().decode()
+    (hits,) = re.findall(r"^vllm:prefix_cache_hits_total\{.*\} (\S+)$", metrics, re.MULTILINE)
+    assert float(hits) > 100, "the premise"
