@@ -1,4 +1,4 @@
-"""Checkpoints in the formats that quantisers publish: weights of decoder layers rounded to four bits, in groups."""
+"""Checkpoints in the formats that quantisers publish: weights of decoder layers rounded to four or eight bits."""
 
 from __future__ import annotations
 
@@ -21,9 +21,13 @@ GROUP = 32
 """Weights of one output that share a scale."""
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Which of eight outputs each four bits of an int32 belong to, lowest first."""
+BLOCK = 128
+"""Rows and columns of the weights that share a scale, in fp8."""
+FOUR_BITS = ("awq", "gptq")
 CONFIGS: dict[str, dict[str, Any]] = {
     "awq": {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"},
     "gptq": {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "sym": True, "desc_act": False},
+    "fp8": {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [BLOCK, BLOCK]},
 }
 
 
@@ -96,6 +100,14 @@ def _pack_gptq(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     return tensors, ((steps - 8) * scale).flatten(1).to(weight.dtype)
 
 
+def _pack_fp8(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    blocks = weight.float().unflatten(0, (-1, BLOCK)).unflatten(2, (-1, BLOCK))
+    scale = blocks.abs().amax((1, 3), keepdim=True) / torch.finfo(torch.float8_e4m3fn).max
+    steps = (blocks / scale).to(torch.float8_e4m3fn)
+    tensors = {"weight": steps.flatten(2).flatten(0, 1), "weight_scale_inv": scale.flatten(2).flatten(1)}
+    return tensors, (steps.float() * scale).flatten(2).flatten(0, 1).to(weight.dtype)
+
+
 def _into_int32(steps: Tensor) -> Tensor:
     """Eight numbers of four bits, the last dimension, lowest first."""
     shifted = steps.long() << (4 * torch.arange(8))
@@ -103,4 +115,8 @@ def _into_int32(steps: Tensor) -> Tensor:
     return torch.where(total >= 1 << 31, total - (1 << 32), total).int()
 
 
-_PACKERS: dict[str, Callable[[Tensor], tuple[dict[str, Tensor], Tensor]]] = {"awq": _pack_awq, "gptq": _pack_gptq}
+_PACKERS: dict[str, Callable[[Tensor], tuple[dict[str, Tensor], Tensor]]] = {
+    "awq": _pack_awq,
+    "gptq": _pack_gptq,
+    "fp8": _pack_fp8,
+}

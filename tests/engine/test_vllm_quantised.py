@@ -13,7 +13,7 @@ from paceline.config.target import TargetConfig
 from paceline.launch.selftest import prepare_selftest
 from paceline.target.opening import ServedEngine, open_engine
 from paceline.target.selftest.tolerance import choose_tolerance
-from quantised import CONFIGS, reference_of, save_quantised
+from quantised import FOUR_BITS, reference_of, save_quantised
 
 TRAINED = Path(__file__).parents[2] / "src" / "paceline" / "quickstart_target"
 """Random weights would make anything of a rounding."""
@@ -30,7 +30,7 @@ class Quantised:
     unpacked: Path
 
 
-@pytest.fixture(scope="module", params=sorted(CONFIGS))
+@pytest.fixture(scope="module", params=FOUR_BITS)
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Quantised]:
     assert PYTHON.exists(), "make engine-test installs vLLM"
     directory = tmp_path_factory.mktemp(request.param)

@@ -8,6 +8,8 @@ import contextlib
 import json
 import os
 import re
+import signal
+import subprocess
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import replace
@@ -19,14 +21,18 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from engine_processes import descendants
+from engine_processes import descendants, wait_for
 from paceline.config.target import TargetConfig
 from paceline.errors import TargetError
+from paceline.launch.engines import engine_command
 from paceline.launch.selftest import prepare_selftest
 from paceline.schema.features import Features, FeatureSpec
 from paceline.schema.rows import RowRequest
+from paceline.target.engines.interface import EngineAddress
+from paceline.target.engines.programs import free_port
+from paceline.target.engines.starting import is_ready
 from paceline.target.hf.engine import HFEngine
-from paceline.target.opening import ServedEngine, open_engine
+from paceline.target.opening import ENGINES, ServedEngine, open_engine
 from tiny import save_tiny_target, tiny_request
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(400)]
@@ -213,3 +219,37 @@ def test_vllms_own_connector_takes_the_place_of_ours_where_that_does_not_fit(
         with pytest.raises(TargetError, match="layer 5 asked, layer 4's output received"):
             prepare_selftest(wrong).run(wrong, shifted(engine)).check(config.engine)
     assert set(seen) == {frozenset({"hidden_states", "token_ids"})}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_an_engine_that_is_started_by_the_shown_command_is_attached_to(
+    name: str, target: Path, hf: HFEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("PACELINE_ENGINE_KEY", "a key of ours")
+    url, hidden = f"http://127.0.0.1:{free_port()}", tmp_path / "hidden"
+    config = config_of(name, target, engine_url=url, engine_directory=str(hidden), engine_args={})
+    command = engine_command(config.model_copy(update={"engine_args": config_of(name, target).engine_args}))
+    with (tmp_path / "log").open("wb") as log:
+        started = subprocess.Popen(["/bin/sh", "-c", command], stdout=log, stderr=log, start_new_session=True)
+    try:
+        address = EngineAddress(url, hidden, (), key="a key of ours")
+        wait_for(lambda: is_ready(ENGINES[name], address) or started.poll() is not None, 300)
+        assert started.poll() is None, (tmp_path / "log").read_text()[-4000:]
+        with open_engine(config) as engine:
+            prepare_selftest(config).run(config, engine).check(name)
+            row = tiny_request((300, 1, 777), seed=3)
+            check_near(engine.capture(row, SPEC).result(60), hf.capture(row, SPEC).result(60))
+        assert started.poll() is None, "it is somebody else's"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(started.pid, signal.SIGKILL)
+        started.wait()
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_an_engine_for_which_there_is_no_memory_says_so(name: str, target: Path):
+    too_much = {"vllm": {"kv-cache-memory-bytes": "900G"}, "sglang": {"mem-fraction-static": 0.0001}}[name]
+    config = config_of(name, target)
+    without = config.model_copy(update={"engine_args": config.engine_args | too_much})
+    with pytest.raises(TargetError, match=r"(?is)ended with .*the last lines of its log.*memory"), open_engine(without):
+        pass

@@ -27,6 +27,7 @@ from paceline.target.selftest.reference import main as compute_reference
 from paceline.target.selftest.run import SelfTestResult, run_selftest
 from paceline.target.selftest.texts import build_texts
 from paceline.target.selftest.tolerance import choose_tolerance
+from quantised import save_quantised
 from tiny import save_nested_tiny_target, save_tiny_target
 from wrong_engines import (
     Change,
@@ -235,7 +236,12 @@ def test_a_reference_is_computed_of_soft_capped_scores_and_of_models_that_see_pi
     with contextlib.closing(HFEngine(config_of(path))) as engine:
         info, output = engine.info(), tmp_path / "r.safetensors"
         settings = {"model": str(path), "dtype": "float32", "device": "cpu", "output": str(output)}
-        settings |= {"trust_remote_code": False, "quantised": False, "fingerprint": info.weight_fingerprint}
+        settings |= {
+            "trust_remote_code": False,
+            "quantised": False,
+            "unpacked": False,
+            "fingerprint": info.weight_fingerprint,
+        }
         settings |= {"num_tokenizer_tokens": info.num_tokenizer_tokens, "num_positions": 0, "rounded_dtype": None}
         monkeypatch.setattr("sys.argv", ["reference", json.dumps(settings)])
         compute_reference()
@@ -293,6 +299,26 @@ def test_limits_are_those_of_what_the_engine_is_asked_to_quantise_to(
     own = observe_own(config_of(tiny_target), engine).reference
     replace(own, text_hash=build_texts(261, 4096).text_hash()).save(tmp_path / "r")
     assert prepare_selftest(config).tolerance.name == "fp8 weights"
+
+
+def test_the_reference_of_an_fp8_checkpoint_is_what_its_weights_mean(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32, with the rounding of its own data type, wherever it is computed."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    shapes = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4}
+    plain = save_tiny_target(tmp_path / "plain", **shapes, head_dim=32, dtype="bfloat16")
+    unpacked = save_quantised(plain, tmp_path / "fp8", "fp8")
+    test = prepare_selftest(config_of(tmp_path / "fp8", engine="vllm", dtype="bfloat16"))
+    assert test.tolerance.name == "fp8 weights"
+    assert test.reference.dtype == "float32"
+    assert test.reference.rounding is not None
+    model = AutoModelForCausalLM.from_pretrained(unpacked, attn_implementation="eager", dtype="float32").eval()
+    meant = observe(model, test.texts, "").layers
+    distance = (test.reference.layers - meant).norm() / meant.norm()
+    assert distance < 0.01  # transformers rounds what it unpacks to bf16 in its own order
+    original = AutoModelForCausalLM.from_pretrained(plain, attn_implementation="eager", dtype="float32").eval()
+    assert (observe(original, test.texts, "").layers - meant).norm() / meant.norm() > 3 * distance, "the premise"
 
 
 def test_a_checkpoint_says_how_it_is_quantised(tiny_target: Path, tmp_path: Path) -> None:

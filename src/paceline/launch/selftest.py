@@ -112,6 +112,7 @@ def prepare_selftest(
         "device": str(device),
         "trust_remote_code": config.trust_remote_code,
         "quantised": read_quantization(checkpoint) is not None,
+        "unpacked": _is_unpacked(read_quantization(checkpoint)),
         "num_tokenizer_tokens": count_tokenizer_tokens(tokenizer),
         "num_positions": num_positions,
         "fingerprint": fingerprint,
@@ -170,15 +171,17 @@ def _where_it_fits(
         TargetError: it must be `exact`, and there is room nowhere.
     """
     device, dtype = resolve_device(config.device), config.dtype
-    if read_quantization(checkpoint) is not None:
-        return device, "auto"  # unpacking it may need the device's kernels
+    quantization = read_quantization(checkpoint)
+    if quantization is not None and not _is_unpacked(quantization):
+        return device, "auto"  # it may need the device's kernels
     table = read_tensor_table(checkpoint).values()
     num_weights = sum(math.prod(tensor.shape) for tensor in table)
+    num_bytes = sum(tensor.num_bytes for tensor in table) if quantization is None else 2 * num_weights
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
         if 4 * num_weights * _ROOM + text_bytes < free:
             return device, "float32"
-        if not exact and sum(tensor.num_bytes for tensor in table) * _ROOM + text_bytes < free:
+        if not exact and num_bytes * _ROOM + text_bytes < free:
             return device, dtype
     needed, free = 4 * num_weights * _ROOM + text_bytes, free_memory()
     if needed < free:
@@ -189,6 +192,11 @@ def _where_it_fits(
             "reference elsewhere (paceline doctor MODEL --save-reference FILE) and name it (target.selftest_reference)"
         )
     return torch.device("cpu"), dtype
+
+
+def _is_unpacked(quantization: Mapping[str, Any] | None) -> bool:
+    """Whether transformers makes plain weights of them, anywhere: those of Qwen3-8B-FP8 and DeepSeek-V3."""
+    return quantization is not None and quantization.get("quant_method") == "fp8"
 
 
 def _tolerance(config: TargetConfig, checkpoint: Path) -> Tolerance:

@@ -219,8 +219,12 @@ def main() -> None:
 def _load(settings: Mapping[str, Any], dtype: str) -> PreTrainedModel:
     # transformers' types leave out what output_loading_info returns
     loader: Any = _loader(settings["model"], settings["trust_remote_code"])
+    config = AutoConfig.from_pretrained(settings["model"], trust_remote_code=settings["trust_remote_code"])
+    if settings["unpacked"]:  # what the weights mean: on a GPU transformers would round activations, too
+        config.quantization_config = {**config.quantization_config, "dequantize": True}
     model, report = loader.from_pretrained(
         settings["model"],
+        config=config,
         output_loading_info=True,
         dtype=dtype,
         attn_implementation=_ATTENTION,
@@ -231,6 +235,8 @@ def _load(settings: Mapping[str, Any], dtype: str) -> PreTrainedModel:
         sys.exit(f"{settings['model']} lacks {sorted(report['missing_keys'])[:3]}")
     if not settings["quantised"]:
         model.to(settings["device"])
+    if settings["unpacked"] and dtype != "auto":
+        model.to(getattr(torch, dtype))  # transformers unpacks to bfloat16
     loaded: PreTrainedModel = model.eval()
     return loaded
 
