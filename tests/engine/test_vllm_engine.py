@@ -21,6 +21,7 @@ from contract.test_engine_contract import (  # noqa: F401  # collected here too,
     test_features_equal_transformers_eager,
     test_info_is_the_same_object_every_time,
     test_room_shrinks_with_rows_in_flight_and_returns,
+    test_times_of_rows_in_flight_together_do_not_overlap,
     test_twenty_rows_submitted_without_waiting_come_back_right,
 )
 from engine_processes import descendants, wait_for

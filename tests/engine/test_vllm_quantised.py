@@ -14,6 +14,7 @@ from paceline.launch.selftest import prepare_selftest
 from paceline.target.opening import ServedEngine, open_engine
 from paceline.target.selftest.tolerance import choose_tolerance
 from quantised import FOUR_BITS, reference_of, save_quantised
+from tiny import save_tiny_target
 
 TRAINED = Path(__file__).parents[2] / "src" / "paceline" / "quickstart_target"
 """Random weights would make anything of a rounding."""
@@ -59,3 +60,19 @@ def test_the_self_test_compares_with_the_original_within_the_format(
     assert result.problem is None
     assert f"{served.kind} weights" in "\n".join(result.describe())
     assert "compares with other weights" in caplog.text
+
+
+def test_an_fp8_checkpoint_is_compared_with_what_its_weights_mean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """In blocks of 128 x 128, as Qwen3-8B-FP8 comes; vLLM's build for CPUs rounds no activations."""
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    shapes = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 2}
+    plain = save_tiny_target(tmp_path / "plain", **shapes, head_dim=64, dtype="bfloat16")
+    save_quantised(plain, tmp_path / "fp8", "fp8")
+    config = target_config(tmp_path / "fp8", dtype="bfloat16")
+    test = prepare_selftest(config)
+    assert (test.tolerance.name, test.reference.dtype) == ("fp8 weights", "float32")
+    with open_engine(config) as engine:
+        result = test.run(config, engine)
+        exact = replace(test, tolerance=choose_tolerance("bfloat16")).run(config, engine)
+    assert (result.problem, exact.problem) == (None, None)
+    assert max(line.relative for line in exact.lines) < choose_tolerance("bfloat16").relative

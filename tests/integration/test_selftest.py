@@ -316,7 +316,7 @@ def test_the_reference_of_an_fp8_checkpoint_is_what_its_weights_mean(
     model = AutoModelForCausalLM.from_pretrained(unpacked, attn_implementation="eager", dtype="float32").eval()
     meant = observe(model, test.texts, "").layers
     distance = (test.reference.layers - meant).norm() / meant.norm()
-    assert distance < 0.01  # transformers rounds what it unpacks to bf16 in its own order
+    assert distance < 0.01  # "unpacked" is rounded to bf16, the reference is not
     original = AutoModelForCausalLM.from_pretrained(plain, attn_implementation="eager", dtype="float32").eval()
     assert (observe(original, test.texts, "").layers - meant).norm() / meant.norm() > 3 * distance, "the premise"
 

@@ -236,7 +236,7 @@ def _load(settings: Mapping[str, Any], dtype: str) -> PreTrainedModel:
     if not settings["quantised"]:
         model.to(settings["device"])
     if settings["unpacked"] and dtype != "auto":
-        model.to(getattr(torch, dtype))  # transformers unpacks to bfloat16
+        model.to(getattr(torch, dtype))  # what was not packed is in the data type that it is stored in
     loaded: PreTrainedModel = model.eval()
     return loaded
 
