@@ -321,6 +321,31 @@ def test_the_reference_of_an_fp8_checkpoint_is_what_its_weights_mean(
     assert (observe(original, test.texts, "").layers - meant).norm() / meant.norm() > 3 * distance, "the premise"
 
 
+@pytest.mark.parametrize(
+    ("changes", "dtype"),
+    [({}, "float32"), ({"weight_block_size": None}, "auto"), ({"quant_method": "gptq"}, "auto")],
+    ids=["blocks", "one scale a tensor", "another format"],
+)
+def test_fp8_in_blocks_alone_is_unpacked_for_the_reference(
+    tiny_target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object], dtype: str
+) -> None:
+    """transformers passes over the scales of others, and would compare with numbers that mean nothing."""
+    shutil.copytree(tiny_target, tmp_path / "t")
+    file = tmp_path / "t" / "config.json"
+    format_ = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": format_ | changes}))
+    asked: list[dict[str, object]] = []
+
+    def find(kept: Path, texts: object, settings: dict[str, object], *_: object) -> object:
+        asked.append(settings)
+        raise TargetError("enough")
+
+    monkeypatch.setattr("paceline.launch.selftest.find_reference", find)
+    with pytest.raises(TargetError, match="enough"):
+        prepare_selftest(config_of(tmp_path / "t", engine="vllm"))
+    assert [(one["dtype"], one["unpacked"]) for one in asked] == [(dtype, dtype == "float32")]
+
+
 def test_a_checkpoint_says_how_it_is_quantised(tiny_target: Path, tmp_path: Path) -> None:
     assert read_quantization(tiny_target) is None
     nested = {"text_config": {"quantization_config": {"quant_method": "fp8"}}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import threading
@@ -112,7 +113,7 @@ def prepare_selftest(
         "device": str(device),
         "trust_remote_code": config.trust_remote_code,
         "quantised": read_quantization(checkpoint) is not None,
-        "unpacked": _is_unpacked(read_quantization(checkpoint)),
+        "unpacked": _is_unpacked(checkpoint),
         "num_tokenizer_tokens": count_tokenizer_tokens(tokenizer),
         "num_positions": num_positions,
         "fingerprint": fingerprint,
@@ -172,7 +173,7 @@ def _where_it_fits(
     """
     device, dtype = resolve_device(config.device), config.dtype
     quantization = read_quantization(checkpoint)
-    if quantization is not None and not _is_unpacked(quantization):
+    if quantization is not None and not _is_unpacked(checkpoint):
         return device, "auto"  # it may need the device's kernels
     table = read_tensor_table(checkpoint).values()
     num_weights = sum(math.prod(tensor.shape) for tensor in table)
@@ -194,9 +195,13 @@ def _where_it_fits(
     return torch.device("cpu"), dtype
 
 
-def _is_unpacked(quantization: Mapping[str, Any] | None) -> bool:
-    """Whether transformers makes plain weights of them, anywhere: those of Qwen3-8B-FP8 and DeepSeek-V3."""
-    return quantization is not None and quantization.get("quant_method") == "fp8"
+def _is_unpacked(checkpoint: Path) -> bool:
+    """Whether transformers makes plain weights of it, anywhere: fp8 in blocks, as of Qwen3-8B-FP8 and DeepSeek-V3.
+
+    Those with one scale for a tensor have it under another name, which transformers passes over.
+    """
+    found = json.loads((checkpoint / "config.json").read_text(encoding="utf-8")).get("quantization_config") or {}
+    return found.get("quant_method") == "fp8" and bool(found.get("weight_block_size"))
 
 
 def _tolerance(config: TargetConfig, checkpoint: Path) -> Tolerance:

@@ -219,17 +219,19 @@ def main() -> None:
 def _load(settings: Mapping[str, Any], dtype: str) -> PreTrainedModel:
     # transformers' types leave out what output_loading_info returns
     loader: Any = _loader(settings["model"], settings["trust_remote_code"])
-    config = AutoConfig.from_pretrained(settings["model"], trust_remote_code=settings["trust_remote_code"])
+    options: dict[str, Any] = {}
     if settings["unpacked"]:  # what the weights mean: on a GPU transformers would round activations, too
+        config = AutoConfig.from_pretrained(settings["model"], trust_remote_code=settings["trust_remote_code"])
         config.quantization_config = {**config.quantization_config, "dequantize": True}
+        options["config"] = config
     model, report = loader.from_pretrained(
         settings["model"],
-        config=config,
         output_loading_info=True,
         dtype=dtype,
         attn_implementation=_ATTENTION,
         trust_remote_code=settings["trust_remote_code"],
         device_map={"": settings["device"]} if settings["quantised"] else None,
+        **options,
     )
     if report["missing_keys"]:  # transformers would go on with random numbers
         sys.exit(f"{settings['model']} lacks {sorted(report['missing_keys'])[:3]}")
