@@ -187,7 +187,7 @@ class LossyVLLM(BaseHTTPRequestHandler):
     written: list[str]
 
     def do_GET(self) -> None:
-        self.answer({"data": [{"id": "m", "max_model_len": 100}]})
+        self.answer({"version": "0.32.0", "data": [{"id": "m", "max_model_len": 100}]})
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
