@@ -233,7 +233,8 @@ def test_an_engine_that_is_started_by_the_shown_command_is_attached_to(
         started = subprocess.Popen(["/bin/sh", "-c", command], stdout=log, stderr=log, start_new_session=True)
     try:
         address = EngineAddress(url, hidden, (), key="a key of ours")
-        wait_for(lambda: is_ready(ENGINES[name], address) or started.poll() is not None, 300)
+        over = wait_for(lambda: is_ready(ENGINES[name], address) or started.poll() is not None, 300)
+        assert over, (tmp_path / "log").read_text()[-4000:]
         assert started.poll() is None, (tmp_path / "log").read_text()[-4000:]
         with open_engine(config) as engine:
             prepare_selftest(config).run(config, engine).check(name)

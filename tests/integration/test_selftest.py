@@ -301,39 +301,56 @@ def test_limits_are_those_of_what_the_engine_is_asked_to_quantise_to(
     assert prepare_selftest(config).tolerance.name == "fp8 weights"
 
 
+@pytest.fixture(scope="module")
+def fp8_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four blocks a weight, two of some."""
+    directory = tmp_path_factory.mktemp("fp8")
+    shapes = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4}
+    plain = save_tiny_target(directory / "plain", **shapes, head_dim=32, dtype="bfloat16")
+    save_quantised(plain, directory / "fp8", "fp8")
+    return directory / "fp8"
+
+
 def test_the_reference_of_an_fp8_checkpoint_is_what_its_weights_mean(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fp8_target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In float32, with the rounding of its own data type, wherever it is computed."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    shapes = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4}
-    plain = save_tiny_target(tmp_path / "plain", **shapes, head_dim=32, dtype="bfloat16")
-    unpacked = save_quantised(plain, tmp_path / "fp8", "fp8")
-    test = prepare_selftest(config_of(tmp_path / "fp8", engine="vllm", dtype="bfloat16"))
+    test = prepare_selftest(config_of(fp8_target, engine="vllm", dtype="bfloat16"))
     assert test.tolerance.name == "fp8 weights"
     assert test.reference.dtype == "float32"
-    assert test.reference.rounding is not None
-    model = AutoModelForCausalLM.from_pretrained(unpacked, attn_implementation="eager", dtype="float32").eval()
-    meant = observe(model, test.texts, "").layers
+    loaded = {}
+    for name in ("plain", "fp8-unpacked"):
+        model = AutoModelForCausalLM.from_pretrained(
+            fp8_target.with_name(name), attn_implementation="eager", dtype="float32"
+        )
+        loaded[name] = observe(model.eval(), test.texts, "").layers
+    meant = loaded["fp8-unpacked"]
     distance = (test.reference.layers - meant).norm() / meant.norm()
     assert distance < 0.01  # "unpacked" is rounded to bf16, the reference is not
-    original = AutoModelForCausalLM.from_pretrained(plain, attn_implementation="eager", dtype="float32").eval()
-    assert (observe(original, test.texts, "").layers - meant).norm() / meant.norm() > 3 * distance, "the premise"
+    assert (loaded["plain"] - meant).norm() / meant.norm() > 3 * distance, "the premise"
+    assert test.reference.rounding is not None
+    assert test.reference.rounding.max() < 0.05, "its bf16 has the same RoPE"
 
 
 @pytest.mark.parametrize(
     ("changes", "dtype"),
-    [({}, "float32"), ({"weight_block_size": None}, "auto"), ({"quant_method": "gptq"}, "auto")],
-    ids=["blocks", "one scale a tensor", "another format"],
+    [
+        ({}, "float32"),
+        ({"weight_block_size": None}, "auto"),
+        ({"weight_block_size": [192, 128]}, "auto"),
+        ({"quant_method": "gptq"}, "auto"),
+    ],
+    ids=["blocks", "one scale a tensor", "a last block that is smaller", "another format"],
 )
-def test_fp8_in_blocks_alone_is_unpacked_for_the_reference(
-    tiny_target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object], dtype: str
+def test_fp8_in_whole_blocks_alone_is_unpacked_for_the_reference(
+    fp8_target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object], dtype: str
 ) -> None:
-    """transformers passes over the scales of others, and would compare with numbers that mean nothing."""
-    shutil.copytree(tiny_target, tmp_path / "t")
+    """transformers passes over the scales of others, or takes them for those of other weights."""
+    shutil.copytree(fp8_target, tmp_path / "t")
     file = tmp_path / "t" / "config.json"
-    format_ = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": format_ | changes}))
+    stored = json.loads(file.read_text())
+    file.write_text(json.dumps(stored | {"quantization_config": stored["quantization_config"] | changes}))
     asked: list[dict[str, object]] = []
 
     def find(kept: Path, texts: object, settings: dict[str, object], *_: object) -> object:
@@ -344,6 +361,14 @@ def test_fp8_in_blocks_alone_is_unpacked_for_the_reference(
     with pytest.raises(TargetError, match="enough"):
         prepare_selftest(config_of(tmp_path / "t", engine="vllm"))
     assert [(one["dtype"], one["unpacked"]) for one in asked] == [(dtype, dtype == "float32")]
+
+
+def test_a_quantised_target_asks_for_what_transformers_needs_to_load_it(
+    fp8_target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(TargetError, match=r'without accelerate: pip install "paceline\[accelerate\]"'):
+        prepare_selftest(config_of(fp8_target, engine="vllm"))
 
 
 def test_a_checkpoint_says_how_it_is_quantised(tiny_target: Path, tmp_path: Path) -> None:

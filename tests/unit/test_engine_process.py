@@ -209,7 +209,7 @@ def test_an_address_that_is_no_servers_is_refused(url: str) -> None:
             "is version 0.23.0, and vLLM before 0.24 gives a document",
         ),
         (200, b'{"data": []}', "is it vLLM"),
-        (200, b'{"data": [{"id": "m", "max_model_len": 9}]}', "does not say its version.*a proxy"),
+        (200, b'{"data": [{"id": "m", "max_model_len": 9}]}', "does not say its version.*vLLM's own address"),
         (200, b"[]", "is it vLLM"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import math
@@ -40,6 +41,8 @@ from paceline.target.selftest.tolerance import Tolerance, choose_tolerance
 
 _NUM_LAYERS = 6
 """Compared of an engine that captures any."""
+_BLOCK_SCALES = ".weight_scale_inv"
+"""Names of the scales of weights in blocks end so."""
 _ROOM = 1.3
 """A model takes so many times its weights while it computes a text."""
 logger = logging.getLogger(__name__)
@@ -95,14 +98,19 @@ def prepare_selftest(
     texts = build_texts(count_tokenizer_tokens(tokenizer), num_positions)
     tolerance = _tolerance(config, checkpoint)
     fingerprint = fingerprint_weights(checkpoint)
-    own_dtype = resolve_dtype(config, checkpoint)
+    own_dtype, quantization = resolve_dtype(config, checkpoint), read_quantization(checkpoint)
     if config.selftest_reference is not None and not anew:
         # Of a quantised target it may be that of the weights it was made from.
-        wanted = None if read_quantization(checkpoint) else fingerprint
+        wanted = None if quantization else fingerprint
         given = load_reference(Path(config.selftest_reference), wanted, texts)
         if given.fingerprint != fingerprint:
             logger.warning("the self-test compares with other weights: those of %s", given.model)
         return SelfTest(texts, given.for_engine(own_dtype), tolerance)
+    if quantization and importlib.util.find_spec("accelerate") is None:
+        raise TargetError(
+            f"transformers cannot load {config.model!r}, which is quantised, without accelerate: "
+            'pip install "paceline[accelerate]", or name a reference made elsewhere (target.selftest_reference)'
+        )
     device, dtype = _where_it_fits(checkpoint, config, _bytes_of_text(text_config, texts), exact)
     rounded_dtype = own_dtype if dtype == "float32" != own_dtype else None
     kept = cache_path(fingerprint, dtype, rounded_dtype, texts)
@@ -112,7 +120,7 @@ def prepare_selftest(
         "rounded_dtype": rounded_dtype,
         "device": str(device),
         "trust_remote_code": config.trust_remote_code,
-        "quantised": read_quantization(checkpoint) is not None,
+        "quantised": quantization is not None,
         "unpacked": _is_unpacked(checkpoint),
         "num_tokenizer_tokens": count_tokenizer_tokens(tokenizer),
         "num_positions": num_positions,
@@ -171,10 +179,12 @@ def _where_it_fits(
     Raises:
         TargetError: it must be `exact`, and there is room nowhere.
     """
-    device, dtype = resolve_device(config.device), config.dtype
+    device, dtype = resolve_device(config.device), str(config.dtype)
     quantization = read_quantization(checkpoint)
-    if quantization is not None and not _is_unpacked(checkpoint):
-        return device, "auto"  # it may need the device's kernels
+    if quantization is not None:
+        if not _is_unpacked(checkpoint):
+            return device, "auto"  # it may need the device's kernels
+        dtype = resolve_dtype(config, checkpoint)
     table = read_tensor_table(checkpoint).values()
     num_weights = sum(math.prod(tensor.shape) for tensor in table)
     num_bytes = sum(tensor.num_bytes for tensor in table) if quantization is None else 2 * num_weights
@@ -196,12 +206,27 @@ def _where_it_fits(
 
 
 def _is_unpacked(checkpoint: Path) -> bool:
-    """Whether transformers makes plain weights of it, anywhere: fp8 in blocks, as of Qwen3-8B-FP8 and DeepSeek-V3.
+    """Whether transformers makes plain weights of it, anywhere: fp8 in whole blocks, as of Qwen3-8B-FP8.
 
-    Those with one scale for a tensor have it under another name, which transformers passes over.
+    Scales of a whole tensor have another name, which transformers passes over; and where a tensor's last blocks are
+    smaller (DeepSeek-V3) it takes all for blocks of one size.
     """
     found = json.loads((checkpoint / "config.json").read_text(encoding="utf-8")).get("quantization_config") or {}
-    return found.get("quant_method") == "fp8" and bool(found.get("weight_block_size"))
+    block = found.get("weight_block_size")
+    if found.get("quant_method") != "fp8" or not block:
+        return False
+    table = read_tensor_table(checkpoint)
+    scaled = [
+        (table.get(name.removesuffix("_scale_inv")), table[name]) for name in table if name.endswith(_BLOCK_SCALES)
+    ]
+    return bool(scaled) and all(
+        weight is not None and all(map(_is_whole, weight.shape[-2:], scales.shape[-2:], block))
+        for weight, scales in scaled
+    )
+
+
+def _is_whole(size: int, num_blocks: int, length: int) -> bool:
+    return num_blocks == 1 or num_blocks * length == size
 
 
 def _tolerance(config: TargetConfig, checkpoint: Path) -> Tolerance:

@@ -270,6 +270,8 @@ def _unreadable(stream: Any, output: Any) -> str:
         return "" if stream.residual is None or hidden is stream.residual else "is not the residual of its batch"
     if getattr(hidden, "contribution", hidden) is not (pending.value if isinstance(hidden, Tensor) else pending):
         return "is not what comes to the residual of its batch"
+    if not isinstance(hidden, Tensor) and not hasattr(stream, "snapshot"):
+        return "is not summed over GPUs when it ends, and this SGLang gives no copy of the sum"
     if pending.value is None:  # known to what computes experts
         return "is computed to its end by the next layer only, for which there is no capture"
     update = pending.update

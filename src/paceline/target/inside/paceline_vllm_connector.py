@@ -2,7 +2,7 @@
 
 vLLM's own connector copies through pinned memory, which a CPU build does not have, does not say which layers a file
 holds, and leaves files of requests that are not ours. Ours is built on parts that are private to vLLM, whose names and
-arguments are the same from 0.24 to 0.32; where they have changed, vLLM's own connector takes its place.
+arguments are the same in 0.24, 0.25, 0.26 and 0.32; where they have changed, vLLM's own connector takes its place.
 """
 
 from __future__ import annotations

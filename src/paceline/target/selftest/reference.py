@@ -237,8 +237,9 @@ def _load(settings: Mapping[str, Any], dtype: str) -> PreTrainedModel:
         sys.exit(f"{settings['model']} lacks {sorted(report['missing_keys'])[:3]}")
     if not settings["quantised"]:
         model.to(settings["device"])
-    if settings["unpacked"] and dtype != "auto":
-        model.to(getattr(torch, dtype))  # what was not packed is in the data type that it is stored in
+    if settings["unpacked"]:  # what was not packed is in the data type that it is stored in; buffers stay as they are
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(getattr(torch, dtype))
     loaded: PreTrainedModel = model.eval()
     return loaded
 

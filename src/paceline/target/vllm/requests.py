@@ -40,7 +40,8 @@ class VLLMRequests(DocumentRequests):
             version = str(self._calls.call("GET", "/version")["version"])
         except (TargetError, KeyError, TypeError) as error:
             raise TargetError(
-                f"{self.name} does not say its version ({error}): is it vLLM itself, or a proxy that has no /version?"
+                f"{self.name} does not say its version ({error}): name vLLM's own address in target.engine_url, "
+                "not that of a proxy"
             ) from error
         check_version(version, self.name)
         return max_tokens
