@@ -95,7 +95,7 @@ class _Capture:
                 return
             stream = getattr(batch, "residual_stream", None)
             problem = "" if stream is None else _unreadable(stream, output)
-        except Exception as error:
+        except Exception as error:  # a stream with other parts: in every process alike, and before any sum over them
             logger.exception("the output of layer %d is not understood", layer)
             problem = f"is not understood: {type(error).__name__}: {error}"
         if problem:
