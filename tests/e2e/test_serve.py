@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -13,7 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Phi3Config
 
 from engine_processes import wait_for
 from forking import Command, Commands
@@ -21,7 +22,7 @@ from paceline.cli.main import app
 from paceline.errors import ConfigError, TransportError
 from served import Served, ready, start_server, start_servers
 from talk import Talk
-from tiny import tiny_request, tiny_tokenizer
+from tiny import save_tiny_target, tiny_request, tiny_tokenizer
 from whole_run import QuietSignals
 
 
@@ -49,6 +50,31 @@ def test_a_server_says_where_it_is_and_gives_all_that_a_trainer_needs(
     loaded, words = AutoTokenizer.from_pretrained(tmp_path), "<|user|>Zürich?<|end|>"
     assert loaded(words).input_ids == tiny_tokenizer()(words).input_ids
     assert loaded.chat_template == tiny_tokenizer().chat_template
+
+
+def test_a_target_over_two_processes_is_compared_before_it_serves_and_one_with_a_wrong_plan_is_refused(
+    commands: Commands, tmp_path: Path
+) -> None:
+    """Gate and up projection of Phi-3 are one matrix: halved as if it were two, no shape is wrong and each value is."""
+    right = save_tiny_target(tmp_path / "right", "phi3")
+    wrong = Path(shutil.copytree(right, tmp_path / "wrong"))
+    file = wrong / "config.json"
+    plan = dict(Phi3Config.base_model_tp_plan)
+    plan |= {"layers.*.mlp.gate_up_proj": "colwise", "layers.*.mlp.down_proj": "rowwise"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_tp_plan": plan}))
+
+    (server,) = start_servers(commands, right, tmp_path / "a", 1, "--tensor-parallel", "2")
+    before, served, _ = server.command.output.partition(f"{right} is served at {server.url}\n")
+    assert served
+    assert "self-test of transformers (hf) on 2 processes on" in before
+    assert "greedy tokens: 0 of 3456 wrong" in before
+    server.command.send_signal(signal.SIGTERM)
+    assert server.command.wait(20) in (0, 128 + signal.SIGTERM)
+
+    refused = start_server(commands, wrong, tmp_path / "b", "--tensor-parallel", "2")
+    assert refused.wait(60) not in (0, None)
+    assert f"{wrong} is served" not in refused.output
+    assert "transformers (hf) on 2 processes does not compute this target" in refused.output
 
 
 def test_what_cannot_work_is_said_before_anything_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Tensor parallelism on two GPUs: NCCL, bf16, and an end in bounded time."""
 
+import logging
 import math
 import os
 import signal
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from paceline.config.target import TargetConfig
 from paceline.errors import EngineLostError, StoppedError
+from paceline.launch.selftest import prepare_selftest
 from paceline.schema.features import Features, FeatureSpec
 from paceline.target.hf.engine import HFEngine
 from paceline.target.hf.stored_tensors import read_tensor_table
@@ -105,6 +107,31 @@ def test_compiled_layers_give_the_same_features(target: Path):
     request = tiny_request(LENGTHS)
     plain, compiled = compute(target, request), compute(target, request, compile=True)
     assert relative(compiled.hidden, plain.hidden) < 3e-2
+
+
+def test_a_reference_that_one_gpu_cannot_hold_is_computed_on_two_before_the_engine_is_there(
+    target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    config = TargetConfig(model=str(target), device="cuda:0", tensor_parallel=2, dtype="bfloat16")
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "one"))
+    one = prepare_selftest(config)
+    weight_bytes = 4 * sum(math.prod(tensor.shape) for tensor in read_tensor_table(target).values())
+    monkeypatch.setattr("paceline.launch.selftest.bytes_of_text", lambda *_: 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (int(0.7 * weight_bytes), 0))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "two"))
+    with caplog.at_level(logging.INFO, logger="paceline"):
+        two = prepare_selftest(config)
+    assert "in float32 on 2 GPUs" in caplog.text
+    for name in ("layers", "final_hidden", "top_logits"):
+        assert relative(getattr(two.reference, name), getattr(one.reference, name)) < 1e-5
+    monkeypatch.undo()
+    engine = HFEngine(config)
+    result = two.run(config, engine)
+    engine.close()
+    print("\n".join(result.describe()))
+    assert result.problem is None
 
 
 @pytest.fixture(scope="module")

@@ -240,6 +240,7 @@ def test_a_reference_is_computed_of_soft_capped_scores_and_of_models_that_see_pi
             "trust_remote_code": False,
             "quantised": False,
             "unpacked": False,
+            "spread": {},
             "fingerprint": info.weight_fingerprint,
         }
         settings |= {"num_tokenizer_tokens": info.num_tokenizer_tokens, "num_positions": 0, "rounded_dtype": None}

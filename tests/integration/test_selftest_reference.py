@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import math
 import os
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from paceline.config.target import TargetConfig
 from paceline.errors import StoppedError, TargetError
 from paceline.launch.memory import free_memory
 from paceline.launch.reference import find_reference
+from paceline.launch.reference_place import find_place
 from paceline.launch.selftest import SelfTest, prepare_selftest
 from paceline.schema.features import Features, FeatureSpec
 from paceline.schema.rows import RowRequest
 from paceline.target.hf.fingerprint import fingerprint_weights
+from paceline.target.hf.stored_tensors import read_tensor_table
 from paceline.target.selftest.reference import cache_path
 from paceline.target.selftest.run import run_selftest
 from paceline.target.selftest.texts import build_texts
@@ -50,6 +55,63 @@ def test_servers_that_start_together_compute_the_reference_once_and_clear_away_w
     assert "another process computes what transformers says" in caplog.text
     assert found[0].reference.final_hidden.equal(found[1].reference.final_hidden)
     assert set(cache.iterdir()) == {kept, kept.with_suffix(".lock"), young}, "the young one may be of another host"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"engine": "vllm"}, {"engine": "sglang"}, {"tensor_parallel": 2}],
+    ids=["vllm", "sglang", "hf over two processes"],
+)
+def test_a_reference_that_fits_nowhere_is_refused_with_what_to_do(
+    changes: dict[str, Any], tiny_target: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("paceline.launch.reference_place.free_memory", lambda: 1)
+    config = TargetConfig(model=str(tiny_target), device="cpu", dtype="bfloat16", **changes)
+    words = r"bfloat16 needs \d GB for the self-test's reference, 0 GB are free .*--save-reference.*selftest_reference"
+    with pytest.raises(TargetError, match=words):
+        prepare_selftest(config)
+    assert not cache.exists(), "nothing was begun"
+
+
+BF16, FP32 = {"dtype": "bfloat16"}, {"dtype": "float32"}
+
+
+@pytest.mark.parametrize(
+    ("free", "host", "changes", "expected"),
+    [
+        ((9.0, 9.0), 9.0, BF16 | {"tensor_parallel": 2}, ("cuda:0", "float32", 0)),
+        ((3.0, 3.0), 9.0, BF16 | {"tensor_parallel": 2}, ("cuda:0", "float32", 2)),
+        (
+            (3.0, 3.0),
+            9.0,
+            BF16 | {"engine": "vllm", "engine_args": {"tensor-parallel-size": 2}},
+            ("cuda:0", "float32", 2),
+        ),
+        ((3.0, 3.0), 9.0, BF16 | {"engine": "sglang", "tensor_parallel": 2}, ("cuda:0", "float32", 2)),
+        ((3.0, 3.0), 9.0, BF16, ("cuda:0", "bfloat16", 0)),
+        ((3.0, 3.0), 9.0, BF16 | {"tensor_parallel": 2, "device": "cuda:1"}, ("cuda:1", "bfloat16", 0)),
+        ((1.5, 1.5), 9.0, BF16 | {"tensor_parallel": 2}, ("cuda:0", "bfloat16", 2)),
+        ((1.5, 1.5), 9.0, FP32 | {"tensor_parallel": 2}, ("cpu", "float32", 0)),
+        ((1.0, 1.0), 9.0, BF16 | {"tensor_parallel": 2}, ("cpu", "float32", 0)),
+        ((1.0, 1.0), 3.0, BF16 | {"tensor_parallel": 2}, ("cpu", "bfloat16", 0)),
+    ],
+)
+def test_a_reference_goes_where_there_is_room_float32_and_the_engines_own_gpus_first(
+    free: tuple[float, float],
+    host: float,
+    changes: dict[str, Any],
+    expected: tuple[str, str, int],
+    tiny_target: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Sizes in bytes for each weight; a text takes none."""
+    num_weights = sum(math.prod(tensor.shape) for tensor in read_tensor_table(tiny_target).values())
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free[device.index] * num_weights), 0))
+    monkeypatch.setattr("paceline.launch.reference_place.free_memory", lambda: int(host * num_weights))
+    config = TargetConfig.model_validate({"model": str(tiny_target), "device": "cuda:0", **changes})
+    place = find_place(tiny_target, config, 0)
+    assert (str(place.device), place.dtype, len(place.spread)) == expected
 
 
 def test_waiting_for_another_that_computes_it_ends_with_a_stop_or_in_time(tmp_path: Path) -> None:

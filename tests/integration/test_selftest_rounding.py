@@ -108,8 +108,10 @@ def test_a_server_of_transformers_compares_with_float32_before_it_refuses(
         with pytest.raises(TargetError, match=r"transformers \(hf\) does not compute this target"):
             _prove(config, engine, None, threading.Event())
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
-        monkeypatch.setattr("paceline.launch.selftest.free_memory", lambda: 1)
-        both = r"is off by .*; whether that is rounding alone cannot be told: transformers in float32 needs \d GB, 0 GB"
+        monkeypatch.setattr("paceline.launch.reference_place.free_memory", lambda: 1)
+        both = (
+            r"is off by .*; whether that is rounding alone cannot be told: transformers in float32 needs \d GB .*, 0 GB"
+        )
         with pytest.raises(TargetError, match=both):
             _prove(config, engine, None, threading.Event())
 

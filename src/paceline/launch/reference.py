@@ -102,7 +102,8 @@ def _clear_away(kept: Path) -> None:
 
 
 def _compute(settings: Mapping[str, Any], kept: Path, timeout_s: float, stop: threading.Event | None) -> None:
-    logger.info("computing what transformers says to the self-test, in %s on %s", settings["dtype"], settings["device"])
+    where = f"{len(settings['spread'])} GPUs" if settings["spread"] else settings["device"]
+    logger.info("computing what transformers says to the self-test, in %s on %s", settings["dtype"], where)
     _clear_away(kept)
     output = kept.with_name(f"{kept.name}.{secrets.token_hex(4)}")
     words = json.dumps({**settings, "output": str(output)})

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
-import math
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from paceline.config.target import TargetConfig
 from paceline.errors import TargetError
-from paceline.launch.memory import free_memory
 from paceline.launch.reference import find_reference
+from paceline.launch.reference_place import bytes_of_text, find_place, is_unpacked
 from paceline.target.engines.flags import option_name
 from paceline.target.engines.steps import is_known, step_tokens
 from paceline.target.hf.engine import HFEngine
@@ -32,7 +28,6 @@ from paceline.target.hf.loading import (
     resolve_device,
     resolve_dtype,
 )
-from paceline.target.hf.stored_tensors import read_tensor_table
 from paceline.target.opening import ENGINES, ServedEngine
 from paceline.target.selftest.reference import Reference, cache_path, load_reference, observe
 from paceline.target.selftest.run import SelfTestResult, run_selftest
@@ -41,10 +36,6 @@ from paceline.target.selftest.tolerance import Tolerance, choose_tolerance
 
 _NUM_LAYERS = 6
 """Compared of an engine that captures any."""
-_BLOCK_SCALES = ".weight_scale_inv"
-"""Names of the scales of weights in blocks end so."""
-_ROOM = 1.3
-"""A model takes so many times its weights while it computes a text."""
 logger = logging.getLogger(__name__)
 
 
@@ -75,7 +66,14 @@ class SelfTest:
 
 def engine_name(config: TargetConfig) -> str:
     """For messages."""
-    return "transformers (hf)" if config.engine == "hf" else ENGINES[config.engine].title
+    if config.engine != "hf":
+        return ENGINES[config.engine].title
+    return "transformers (hf)" + (f" on {config.tensor_parallel} processes" if config.tensor_parallel > 1 else "")
+
+
+def has_whole_model(config: TargetConfig) -> bool:
+    """Whether this process will hold a model of transformers that `observe_own` can ask; others hold a share of one."""
+    return config.engine == "hf" and config.tensor_parallel == 1
 
 
 def prepare_selftest(
@@ -111,17 +109,18 @@ def prepare_selftest(
             f"transformers cannot load {config.model!r}, which is quantised, without accelerate: "
             'pip install "paceline[accelerate]", or name a reference made elsewhere (target.selftest_reference)'
         )
-    device, dtype = _where_it_fits(checkpoint, config, _bytes_of_text(text_config, texts), exact)
-    rounded_dtype = own_dtype if dtype == "float32" != own_dtype else None
-    kept = cache_path(fingerprint, dtype, rounded_dtype, texts)
+    place = find_place(checkpoint, config, bytes_of_text(text_config, texts), exact)
+    rounded_dtype = own_dtype if place.dtype == "float32" != own_dtype else None
+    kept = cache_path(fingerprint, place.dtype, rounded_dtype, texts)
     settings = {
         "model": str(checkpoint),
-        "dtype": dtype,
+        "dtype": place.dtype,
         "rounded_dtype": rounded_dtype,
-        "device": str(device),
+        "device": str(place.device),
+        "spread": place.spread,
         "trust_remote_code": config.trust_remote_code,
         "quantised": quantization is not None,
-        "unpacked": _is_unpacked(checkpoint),
+        "unpacked": is_unpacked(checkpoint),
         "num_tokenizer_tokens": count_tokenizer_tokens(tokenizer),
         "num_positions": num_positions,
         "fingerprint": fingerprint,
@@ -157,76 +156,10 @@ def observe_own(config: TargetConfig, engine: HFEngine) -> SelfTest:
     return SelfTest(texts, reference, _tolerance(config, checkpoint))
 
 
-def _bytes_of_text(text_config: Any, texts: KnownTexts) -> int:
-    """In fp32, of the longest text: attention's scores and their softmax, all layers' states, logits."""
-    num_tokens = max(len(text.tokens) for text in texts.documents)
-    scores = 3 * num_tokens * int(getattr(text_config, "num_attention_heads", None) or 0)
-    states = int(text_config.num_hidden_layers) * int(text_config.hidden_size)
-    return 4 * num_tokens * (scores + states + 2 * int(text_config.vocab_size))
-
-
 def may_be_rounding(config: TargetConfig) -> bool:
     """Whether transformers, compared with itself in the target's data type, may be too far off because of that."""
     checkpoint = resolve_checkpoint(config.model, config.revision, config.trust_remote_code)
     return read_quantization(checkpoint) is None and resolve_dtype(config, checkpoint) != "float32"
-
-
-def _where_it_fits(
-    checkpoint: Path, config: TargetConfig, text_bytes: int, exact: bool = False
-) -> tuple[torch.device, str]:
-    """(device, dtype) of the reference: fp32 where there is room, since bf16 of transformers is itself 1 to 2 % off.
-
-    Raises:
-        TargetError: it must be `exact`, and there is room nowhere.
-    """
-    device, dtype = resolve_device(config.device), str(config.dtype)
-    quantization = read_quantization(checkpoint)
-    if quantization is not None:
-        if not _is_unpacked(checkpoint):
-            return device, "auto"  # it may need the device's kernels
-        dtype = resolve_dtype(config, checkpoint)
-    table = read_tensor_table(checkpoint).values()
-    num_weights = sum(math.prod(tensor.shape) for tensor in table)
-    num_bytes = sum(tensor.num_bytes for tensor in table) if quantization is None else 2 * num_weights
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-        if 4 * num_weights * _ROOM + text_bytes < free:
-            return device, "float32"
-        if not exact and num_bytes * _ROOM + text_bytes < free:
-            return device, dtype
-    needed, free = 4 * num_weights * _ROOM + text_bytes, free_memory()
-    if needed < free:
-        return torch.device("cpu"), "float32"
-    if exact:
-        raise TargetError(
-            f"transformers in float32 needs {needed / 1e9:.0f} GB, {free / 1e9:.0f} GB are free on the host: make the "
-            "reference elsewhere (paceline doctor MODEL --save-reference FILE) and name it (target.selftest_reference)"
-        )
-    return torch.device("cpu"), dtype
-
-
-def _is_unpacked(checkpoint: Path) -> bool:
-    """Whether transformers makes plain weights of it, anywhere: fp8 in whole blocks, as of Qwen3-8B-FP8.
-
-    Scales of a whole tensor have another name, which transformers passes over; and where a tensor's last blocks are
-    smaller (DeepSeek-V3) it takes all for blocks of one size.
-    """
-    found = json.loads((checkpoint / "config.json").read_text(encoding="utf-8")).get("quantization_config") or {}
-    block = found.get("weight_block_size")
-    if found.get("quant_method") != "fp8" or not block:
-        return False
-    table = read_tensor_table(checkpoint)
-    scaled = [
-        (table.get(name.removesuffix("_scale_inv")), table[name]) for name in table if name.endswith(_BLOCK_SCALES)
-    ]
-    return bool(scaled) and all(
-        weight is not None and all(map(_is_whole, weight.shape[-2:], scales.shape[-2:], block))
-        for weight, scales in scaled
-    )
-
-
-def _is_whole(size: int, num_blocks: int, length: int) -> bool:
-    return num_blocks == 1 or num_blocks * length == size
 
 
 def _tolerance(config: TargetConfig, checkpoint: Path) -> Tolerance:

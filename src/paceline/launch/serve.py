@@ -20,7 +20,14 @@ from rich.console import Console
 from paceline.config.files import write_whole
 from paceline.config.target import TargetConfig
 from paceline.errors import ConfigError, TargetError
-from paceline.launch.selftest import SelfTest, engine_name, may_be_rounding, observe_own, prepare_selftest
+from paceline.launch.selftest import (
+    SelfTest,
+    engine_name,
+    has_whole_model,
+    may_be_rounding,
+    observe_own,
+    prepare_selftest,
+)
 from paceline.launch.target_facts import default_layers
 from paceline.observe.logs import logging_for
 from paceline.schema.protocol import TransportName
@@ -93,7 +100,7 @@ def serve_target(
         _allow_many_files()
         config = with_capture_layers(config)
         # Before the engine starts: a GPU may not hold two models.
-        test = prepare_selftest(config, signals.stop) if config.selftest and config.engine != "hf" else None
+        test = prepare_selftest(config, signals.stop) if config.selftest and not has_whole_model(config) else None
         engine = stack.enter_context(open_engine(config, signals.stop))
         _prove(config, engine, test, signals.stop)
         signals.grace_s = _GRACE_S
@@ -133,9 +140,6 @@ def _prove(config: TargetConfig, engine: ServedEngine, test: SelfTest | None, st
         logger.warning("target.selftest = false: nobody has looked whether %s computes this target", config.engine)
         return
     if test is None:
-        if config.tensor_parallel > 1:
-            logger.info("transformers on %d processes is not compared with itself on one", config.tensor_parallel)
-            return
         assert isinstance(engine, HFEngine), "other engines have a reference that was made beforehand"
         test = observe_own(config, engine)
         result = test.run(config, engine, stop)

@@ -220,6 +220,10 @@ def _load(settings: Mapping[str, Any], dtype: str) -> PreTrainedModel:
     # transformers' types leave out what output_loading_info returns
     loader: Any = _loader(settings["model"], settings["trust_remote_code"])
     options: dict[str, Any] = {}
+    if settings["spread"]:
+        options |= {"device_map": "auto", "max_memory": {int(gpu): num for gpu, num in settings["spread"].items()}}
+    elif settings["quantised"]:
+        options["device_map"] = {"": settings["device"]}
     if settings["unpacked"]:  # what the weights mean: on a GPU transformers would round activations, too
         config = AutoConfig.from_pretrained(settings["model"], trust_remote_code=settings["trust_remote_code"])
         config.quantization_config = {**config.quantization_config, "dequantize": True}
@@ -230,12 +234,11 @@ def _load(settings: Mapping[str, Any], dtype: str) -> PreTrainedModel:
         dtype=dtype,
         attn_implementation=_ATTENTION,
         trust_remote_code=settings["trust_remote_code"],
-        device_map={"": settings["device"]} if settings["quantised"] else None,
         **options,
     )
     if report["missing_keys"]:  # transformers would go on with random numbers
         sys.exit(f"{settings['model']} lacks {sorted(report['missing_keys'])[:3]}")
-    if not settings["quantised"]:
+    if "device_map" not in options:
         model.to(settings["device"])
     if settings["unpacked"]:  # what was not packed is in the data type that it is stored in; buffers stay as they are
         for parameter in model.parameters():
