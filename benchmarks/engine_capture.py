@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -275,7 +276,10 @@ def fetch_rows(
     else:
         words += [f"target.selftest_reference={arguments.selftest_reference}"]
     device = torch.device(arguments.device)
-    spec = FeatureSpec(tuple(arguments.layers), final_hidden="supervised", greedy=True)
+    specs = {
+        "rows": FeatureSpec(tuple(arguments.layers), final_hidden="supervised", greedy=True),
+        "rows of states alone": FeatureSpec((*arguments.layers, arguments.num_layers - 1)),  # no norm, no lm_head
+    }
     with serve(config.model, [arguments.device], words) as urls:
         results.say(f"paceline serves at {urls[0]}")
         connection = RemoteConnection(urls[0], TransportConfig(kind="http"), PoolConfig(), device)
@@ -284,7 +288,7 @@ def fetch_rows(
         lengths = [arguments.tokens] * max(1, arguments.row_tokens // arguments.tokens)
         rows = row_at(lengths, arguments.share, info.num_tokenizer_tokens)
         num_rows = max(1, arguments.repeats * arguments.documents // len(lengths))
-        for transport in arguments.transports:
+        for transport, (name, spec) in itertools.product(arguments.transports, specs.items()):
             servers = remote_servers(urls, transport, arguments.prefetch, device)
             with stream_from(servers, spec, info, rows, arguments.prefetch) as (stream, _):
                 for _ in range(NUM_WARM_UP_ROWS):
@@ -296,7 +300,7 @@ def fetch_rows(
                 seconds = time.perf_counter() - begin
                 num_bytes = stream.stats.bytes_received - num_bytes
             results.record(
-                f"rows by {transport}",
+                f"{name} by {transport}",
                 tokens_per_s=num_rows * sum(lengths) / seconds,
                 bytes_per_s=num_bytes / seconds,
                 num_rows=num_rows,
