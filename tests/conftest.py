@@ -24,10 +24,14 @@ def tiny_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Commands"]:
-    """Starts `paceline` commands as processes, children of one that has imported torch."""
+    """Starts `paceline` commands as processes, children of one that has imported torch.
+
+    References of the self-test are kept for the session alone: what computes them must work.
+    """
     from forking import Commands
 
-    with Commands(tmp_path_factory.mktemp("commands")) as commands:
+    own = {"XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache"))}
+    with Commands(tmp_path_factory.mktemp("commands"), own) as commands:
         yield commands
 
 

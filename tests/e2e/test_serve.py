@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -56,7 +57,7 @@ def test_a_target_over_two_processes_is_compared_before_it_serves_and_one_with_a
     commands: Commands, tmp_path: Path
 ) -> None:
     """Gate and up projection of Phi-3 are one matrix: halved as if it were two, no shape is wrong and each value is."""
-    right = save_tiny_target(tmp_path / "right", "phi3")
+    right = save_tiny_target(tmp_path / "right", "phi3", seed=11)
     wrong = Path(shutil.copytree(right, tmp_path / "wrong"))
     file = wrong / "config.json"
     plan = dict(Phi3Config.base_model_tp_plan)
@@ -66,6 +67,7 @@ def test_a_target_over_two_processes_is_compared_before_it_serves_and_one_with_a
     (server,) = start_servers(commands, right, tmp_path / "a", 1, "--tensor-parallel", "2")
     before, served, _ = server.command.output.partition(f"{right} is served at {server.url}\n")
     assert served
+    assert "computing what transformers says to the self-test, in float32 on cpu" in before
     assert "self-test of transformers (hf) on 2 processes on" in before
     assert "greedy tokens: 0 of 3456 wrong" in before
     server.command.send_signal(signal.SIGTERM)
@@ -105,6 +107,23 @@ def test_what_cannot_work_is_said_before_anything_is_loaded(tmp_path: Path, monk
     with pytest.raises(ConfigError, match="PACELINE_TOKEN"):
         run_in_process("serve", tmp_path / "no-model")
     assert "PACELINE_TOKEN" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (("--tensor-parallel", "3"), r"tensor_parallel = 3 does not divide the 4 num_attention_heads"),
+        (("--engine", "vllm", "target.engine_python=/no/python"), "cannot be run"),
+        (("--engine", "vllm", f"target.engine_python={sys.executable}"), "has no package vllm"),
+        (("--engine", "sglang", "--capture-layers", "9"), r"capture_layers has \[9\]"),
+    ],
+)
+def test_settings_that_cannot_work_are_named_before_the_self_test_computes_anything(
+    words: tuple[str, ...], problem: str, tiny_target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("paceline.launch.serve.prepare_selftest", lambda *_: pytest.fail("it computes"))
+    with pytest.raises(ConfigError, match=problem):
+        run_in_process("serve", tiny_target, "--device", "cpu", *words)
 
 
 def test_a_server_without_sessions_ends_when_it_is_told_to(

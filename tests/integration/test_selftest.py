@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -354,8 +355,8 @@ def test_fp8_in_whole_blocks_alone_is_unpacked_for_the_reference(
     file.write_text(json.dumps(stored | {"quantization_config": stored["quantization_config"] | changes}))
     asked: list[dict[str, object]] = []
 
-    def find(kept: Path, texts: object, settings: dict[str, object], *_: object) -> object:
-        asked.append(settings)
+    def find(kept: object, texts: object, fingerprint: str, plan: Callable[[], Any], *_: object) -> object:
+        asked.append(plan()[1])
         raise TargetError("enough")
 
     monkeypatch.setattr("paceline.launch.selftest.find_reference", find)

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import infer_auto_device_map
+from transformers import AutoModelForCausalLM
 
 from paceline.config.target import TargetConfig
 from paceline.errors import StoppedError, TargetError
@@ -29,6 +31,7 @@ from paceline.target.selftest.reference import cache_path
 from paceline.target.selftest.run import run_selftest
 from paceline.target.selftest.texts import build_texts
 from rows import tiny_info
+from tiny import tiny_config
 
 TEXTS = build_texts(261)
 
@@ -57,6 +60,9 @@ def test_servers_that_start_together_compute_the_reference_once_and_clear_away_w
     assert set(cache.iterdir()) == {kept, kept.with_suffix(".lock"), young}, "the young one may be of another host"
 
 
+NOWHERE = r"needs 0\.\d+ GB for the self-test's reference, 1e-09 GB are free .*--save-reference.*selftest_reference"
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"engine": "vllm"}, {"engine": "sglang"}, {"tensor_parallel": 2}],
@@ -67,66 +73,132 @@ def test_a_reference_that_fits_nowhere_is_refused_with_what_to_do(
 ) -> None:
     monkeypatch.setattr("paceline.launch.reference_place.free_memory", lambda: 1)
     config = TargetConfig(model=str(tiny_target), device="cpu", dtype="bfloat16", **changes)
-    words = r"bfloat16 needs \d GB for the self-test's reference, 0 GB are free .*--save-reference.*selftest_reference"
-    with pytest.raises(TargetError, match=words):
+    with pytest.raises(TargetError, match=f"bfloat16 {NOWHERE}"):
         prepare_selftest(config)
-    assert not cache.exists(), "nothing was begun"
+    assert [path.suffix for path in cache.iterdir()] == [".lock"], "nothing was computed"
+
+
+def test_a_reference_of_an_earlier_time_needs_no_room(
+    tiny_target: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A server that starts anew may find the memory of the one before still taken."""
+    config = TargetConfig(model=str(tiny_target), device="cpu", dtype="bfloat16", tensor_parallel=2)
+    texts = build_texts(261, 4096)
+    fingerprint = fingerprint_weights(tiny_target)
+    least = cache_path(fingerprint, "bfloat16", None, texts)
+    num_weights = sum(math.prod(tensor.shape) for tensor in read_tensor_table(tiny_target).values())
+    monkeypatch.setattr("paceline.launch.selftest.bytes_of_text", lambda *_: 0)
+    monkeypatch.setattr("paceline.launch.reference_place.free_memory", lambda: 3 * num_weights)
+    with caplog.at_level(logging.INFO):
+        assert prepare_selftest(config).reference.dtype == "bfloat16"
+        assert least.exists()
+        monkeypatch.setattr("paceline.launch.reference_place.free_memory", lambda: 1)
+        assert prepare_selftest(config).reference.dtype == "bfloat16"
+        with pytest.raises(TargetError, match=f"float32 {NOWHERE}"):
+            prepare_selftest(config, exact=True)
+        monkeypatch.setattr("paceline.launch.reference_place.free_memory", lambda: 9 * num_weights)
+        best = prepare_selftest(config).reference
+        assert (best.dtype, best.rounded_dtype) == ("float32", "bfloat16"), "there is room again"
+        monkeypatch.setattr("paceline.launch.reference_place.free_memory", lambda: 1)
+        assert prepare_selftest(config).reference.final_hidden.equal(best.final_hidden)
+    assert caplog.text.count("computing what transformers says") == 2
 
 
 BF16, FP32 = {"dtype": "bfloat16"}, {"dtype": "float32"}
+TWO = {"tensor_parallel": 2}
 
 
 @pytest.mark.parametrize(
     ("free", "host", "changes", "expected"),
     [
-        ((9.0, 9.0), 9.0, BF16 | {"tensor_parallel": 2}, ("cuda:0", "float32", 0)),
-        ((3.0, 3.0), 9.0, BF16 | {"tensor_parallel": 2}, ("cuda:0", "float32", 2)),
-        (
-            (3.0, 3.0),
-            9.0,
-            BF16 | {"engine": "vllm", "engine_args": {"tensor-parallel-size": 2}},
-            ("cuda:0", "float32", 2),
-        ),
-        ((3.0, 3.0), 9.0, BF16 | {"engine": "sglang", "tensor_parallel": 2}, ("cuda:0", "float32", 2)),
-        ((3.0, 3.0), 9.0, BF16, ("cuda:0", "bfloat16", 0)),
-        ((3.0, 3.0), 9.0, BF16 | {"tensor_parallel": 2, "device": "cuda:1"}, ("cuda:1", "bfloat16", 0)),
-        ((1.5, 1.5), 9.0, BF16 | {"tensor_parallel": 2}, ("cuda:0", "bfloat16", 2)),
-        ((1.5, 1.5), 9.0, FP32 | {"tensor_parallel": 2}, ("cpu", "float32", 0)),
-        ((1.0, 1.0), 9.0, BF16 | {"tensor_parallel": 2}, ("cpu", "float32", 0)),
-        ((1.0, 1.0), 3.0, BF16 | {"tensor_parallel": 2}, ("cpu", "bfloat16", 0)),
+        ((9, 9, 9, 9), 9, BF16 | TWO, ("cuda:0", "float32", {})),
+        ((3, 4, 9, 9), 9, BF16 | TWO, ("cuda:0", "float32", {0: 3, 1: 4})),
+        ((9, 9, 3, 4), 9, BF16 | TWO | {"device": "cuda:2"}, ("cuda:2", "float32", {2: 3, 3: 4})),
+        ((3, 4, 9, 9), 9, BF16 | TWO | {"engine": "vllm"}, ("cuda:0", "float32", {0: 3, 1: 4})),
+        ((3, 4, 9, 9), 9, BF16 | TWO | {"engine": "sglang"}, ("cuda:0", "float32", {0: 3, 1: 4})),
+        ((3, 3, 9, 9), 9, BF16, ("cuda:0", "bfloat16", {})),
+        ((2, 2, 1, 1), 9, BF16 | {"device_map": "auto"}, ("cuda:0", "float32", {0: 2, 1: 2, 2: 1, 3: 1})),
+        ((2, 2, 9, 9), 9, FP32 | TWO, ("cpu", "float32", {})),
+        ((2, 1, 9, 9), 9, BF16 | TWO, ("cuda:0", "bfloat16", {0: 2, 1: 1})),
+        ((1, 1, 9, 9), 9, BF16 | TWO, ("cpu", "float32", {})),
+        ((1, 1, 9, 9), 3, BF16 | TWO, ("cpu", "bfloat16", {})),
     ],
 )
 def test_a_reference_goes_where_there_is_room_float32_and_the_engines_own_gpus_first(
-    free: tuple[float, float],
-    host: float,
+    free: tuple[int, ...],
+    host: int,
     changes: dict[str, Any],
-    expected: tuple[str, str, int],
+    expected: tuple[str, str, dict[int, int]],
     tiny_target: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Sizes in bytes for each weight; a text takes none."""
+    """Sizes in bytes for each weight, beside those of a text, which a GPU must have room for as well."""
     num_weights = sum(math.prod(tensor.shape) for tensor in read_tensor_table(tiny_target).values())
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free[device.index] * num_weights), 0))
-    monkeypatch.setattr("paceline.launch.reference_place.free_memory", lambda: int(host * num_weights))
+    text = 40 * num_weights
     config = TargetConfig.model_validate({"model": str(tiny_target), "device": "cuda:0", **changes})
-    place = find_place(tiny_target, config, 0)
-    assert (str(place.device), place.dtype, len(place.spread)) == expected
+    room = text if expected[1] == "float32" else text // 2
+
+    def free_on_gpus(first: int, end: int) -> dict[int, int]:
+        beside = 0 if expected[0] == "cpu" else room
+        return {gpu: free[gpu] * num_weights + beside for gpu in range(first, end)}
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr("paceline.launch.reference_place.free_on_gpus", free_on_gpus)
+    monkeypatch.setattr("paceline.launch.reference_place.free_memory", lambda: host * num_weights + room)
+    place = find_place(tiny_target, config, text)
+    spread = {gpu: num_bytes // num_weights for gpu, num_bytes in place.spread.items()}
+    assert (str(place.device), place.dtype, spread) == expected
+
+
+def test_nothing_is_spread_without_accelerate_and_all_gpus_may_be_used_for_a_file_alone(
+    tiny_target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_weights = sum(math.prod(tensor.shape) for tensor in read_tensor_table(tiny_target).values())
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(
+        "paceline.launch.reference_place.free_on_gpus",
+        lambda first, end: dict.fromkeys(range(first, end), 2 * num_weights),
+    )
+    config = TargetConfig(model=str(tiny_target), device="cuda:0", dtype="bfloat16", tensor_parallel=2)
+    assert len(find_place(tiny_target, config, 0).spread) == 2
+    assert find_place(tiny_target, config, 0).dtype == "bfloat16"
+    assert len(find_place(tiny_target, config, 0, everywhere=True).spread) == 4
+    assert find_place(tiny_target, config, 0, everywhere=True).dtype == "float32"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert (find_place(tiny_target, config, 0).device.type, find_place(tiny_target, config, 0).spread) == ("cpu", {})
+
+
+@pytest.mark.parametrize("rooms", [(0.9, 0.45), (1.1, 0.25), (0.3, 0.2, 0.6, 0.25)])
+def test_a_spread_model_lies_on_gpus_alone_however_uneven_they_are(rooms: tuple[float, ...]) -> None:
+    """By accelerate's own plan, for the way and the room that the reference asks for."""
+    config = tiny_config("qwen3", hidden_size=256, intermediate_size=1024, num_hidden_layers=24)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    num_bytes = 4 * sum(parameter.numel() for parameter in model.parameters())
+    room = {gpu: int(share * num_bytes) for gpu, share in enumerate(rooms)}
+    assert sum(rooms) >= 1.3
+    placed = infer_auto_device_map(
+        model, max_memory=dict(room), no_split_module_classes=["Qwen3DecoderLayer"], dtype=torch.float32
+    )
+    assert set(placed.values()) <= set(room)
 
 
 def test_waiting_for_another_that_computes_it_ends_with_a_stop_or_in_time(tmp_path: Path) -> None:
     kept = tmp_path / "r.safetensors"
-    settings = {"fingerprint": "w", "dtype": "float32", "device": "cpu"}
+
+    def plan() -> tuple[Path, dict[str, Any]]:
+        raise AssertionError("the other one computes it")
+
     with (tmp_path / "r.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         stop = threading.Event()
         threading.Timer(0.3, stop.set).start()
         begin = time.monotonic()
         with pytest.raises(StoppedError):
-            find_reference(kept, TEXTS, settings, 60, stop)
+            find_reference([kept], TEXTS, "w", plan, 60, stop)
         assert 0.2 < time.monotonic() - begin < 5
         with pytest.raises(TargetError, match=r"for 0 s \(target.engine_start_timeout_s\) and holds .*r\.lock"):
-            find_reference(kept, TEXTS, settings, 0.3)
+            find_reference([kept], TEXTS, "w", plan, 0.3)
 
 
 def test_a_stop_ends_a_self_test_whose_engine_does_not_answer() -> None:
@@ -192,6 +264,6 @@ def test_a_reference_that_is_damaged_is_computed_again_and_not_trusted(
     asked: list[Path] = []
     monkeypatch.setattr("paceline.launch.reference._compute", lambda settings, path, *rest: asked.append(path))
     with pytest.raises(TargetError, match="cannot be read"):
-        find_reference(kept, TEXTS, {"fingerprint": "w"}, 60)
+        find_reference([kept], TEXTS, "w", lambda: (kept, {}), 60)
     assert asked == [kept]
     assert "it is computed again" in caplog.text

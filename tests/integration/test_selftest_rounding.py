@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
@@ -17,8 +16,7 @@ from torch import Tensor
 
 from paceline.config.target import TargetConfig
 from paceline.errors import TargetError
-from paceline.launch.selftest import SelfTest, observe_own, prepare_selftest
-from paceline.launch.serve import _prove
+from paceline.launch.selftest import SelfTest, compare, observe_own, prepare_selftest
 from paceline.schema.features import Features, FeatureSpec
 from paceline.schema.rows import RowRequest
 from paceline.target.hf.engine import HFEngine
@@ -96,24 +94,39 @@ def test_a_server_of_transformers_compares_with_float32_before_it_refuses(
         test = observe_own(config, engine)
         return replace(test, tolerance=replace(test.tolerance, relative=5e-3))
 
-    monkeypatch.setattr("paceline.launch.serve.observe_own", strict)
+    monkeypatch.setattr("paceline.launch.selftest.observe_own", strict)
     with contextlib.closing(Changed(config)) as engine, caplog.at_level(logging.INFO):
         engine.change = lambda features: features
-        _prove(config, engine, None, threading.Event())
+        compare(config, engine, None).check("engine")
         assert "float32 tells" not in caplog.text
         engine.change = rounded
-        _prove(config, engine, None, threading.Event())
+        compare(config, engine, None).check("engine")
         assert "float32 tells how much of that is rounding" in caplog.text
         engine.change = mixed_up
-        with pytest.raises(TargetError, match=r"transformers \(hf\) does not compute this target"):
-            _prove(config, engine, None, threading.Event())
+        with pytest.raises(TargetError, match="engine does not compute this target"):
+            compare(config, engine, None).check("engine")
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
         monkeypatch.setattr("paceline.launch.reference_place.free_memory", lambda: 1)
-        both = (
-            r"is off by .*; whether that is rounding alone cannot be told: transformers in float32 needs \d GB .*, 0 GB"
-        )
+        both = r"is off by .*; whether that is rounding alone cannot be told: transformers in float32 needs 0\.\d+ GB"
         with pytest.raises(TargetError, match=both):
-            _prove(config, engine, None, threading.Event())
+            compare(config, engine, None).check("engine")
+
+
+def test_a_reference_made_beforehand_in_bf16_is_no_last_word_either(
+    config: TargetConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where float32 had no room, as of a target that needs several GPUs."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with contextlib.closing(Changed(config)) as engine, caplog.at_level(logging.INFO):
+        beforehand = observe_own(config, engine)
+        beforehand = replace(beforehand, tolerance=replace(beforehand.tolerance, relative=5e-3))
+        engine.change = rounded
+        assert beforehand.run(config, engine).problem is not None, "the premise: off by more than is allowed"
+        compare(config, engine, beforehand).check("engine")
+        assert "beside transformers in bfloat16" in caplog.text
+        engine.change = mixed_up
+        with pytest.raises(TargetError, match="engine does not compute this target"):
+            compare(config, engine, beforehand).check("engine")
 
 
 def in_fp8(tensor: Tensor) -> Tensor:

@@ -74,20 +74,22 @@ def _test_engine(config: TargetConfig, signals: StopSignals, save_reference: Pat
     from rich.console import Console
 
     from paceline.cli.show import selftest_table
-    from paceline.launch.selftest import engine_name, prepare_selftest
+    from paceline.launch.selftest import compare, engine_name, prepare_selftest
     from paceline.launch.serve import with_capture_layers
-    from paceline.target.opening import open_engine
+    from paceline.target.opening import check_engine, open_engine
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     config = with_capture_layers(config)
+    if save_reference is None:
+        check_engine(config)
     test = prepare_selftest(config, signals.stop, anew=save_reference is not None)
     if save_reference is not None:
         test.reference.save(save_reference)
         typer.echo(f"{save_reference}: what transformers says, in {test.reference.dtype}")
         return
     with open_engine(config, signals.stop) as engine:
-        result = test.run(config, engine, signals.stop)
+        result = compare(config, engine, test, signals.stop)
     Console(markup=False).print(selftest_table(result))
     result.check(engine_name(config))
     typer.echo(f"{engine_name(config)} computes {config.model} as transformers does")

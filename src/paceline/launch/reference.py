@@ -11,7 +11,7 @@ import secrets
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,35 +27,48 @@ logger = logging.getLogger(__name__)
 
 
 def find_reference(
-    kept: Path,
+    kept: Sequence[Path],
     texts: KnownTexts,
-    settings: Mapping[str, Any],
+    fingerprint: str,
+    plan: Callable[[], tuple[Path, Mapping[str, Any]]],
     timeout_s: float,
     stop: threading.Event | None = None,
     anew: bool = False,
 ) -> Reference:
-    """The reference of `kept`, computed first if it is not there.
+    """A reference that is kept, or one that is computed now.
 
     Args:
-        kept: the file; servers that start together compute it once.
-        settings: of `paceline.target.selftest.reference`, without "output".
+        kept: files of earlier times: the first is taken wherever it is there, the others where there is no room for
+            anything better.
+        plan: asked, while no other server of this host computes the same, what is to be computed: its file, and the
+            settings of `paceline.target.selftest.reference` without "output". Its TargetError: there is no room.
         anew: one of an earlier time will not do.
 
     Raises:
         TargetError: transformers cannot compute it here, or was not ready in `timeout_s`.
         StoppedError: `stop` was set.
     """
-    fingerprint = str(settings["fingerprint"])
-    found = None if anew else _known(kept, fingerprint, texts)
-    if found is not None:
+
+    def look_for(path: Path) -> Reference | None:
+        return None if anew else _known(path, fingerprint, texts)
+
+    if (found := look_for(kept[0])) is not None:
         return found
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(kept, timeout_s, stop):
-        found = None if anew else _known(kept, fingerprint, texts)
-        if found is not None:
+    kept[0].parent.mkdir(parents=True, exist_ok=True)
+    with _alone(kept[0], timeout_s, stop):
+        if (found := look_for(kept[0])) is not None:
             return found
-        _compute(settings, kept, timeout_s, stop)
-        return load_reference(kept, fingerprint, texts)
+        try:
+            path, settings = plan()
+        except TargetError:
+            known = (found for path in kept[1:] if (found := look_for(path)) is not None)
+            if (found := next(known, None)) is None:
+                raise
+            return found
+        if path != kept[0] and (found := look_for(path)) is not None:
+            return found
+        _compute(settings, path, timeout_s, stop)
+        return load_reference(path, fingerprint, texts)
 
 
 def _known(kept: Path, fingerprint: str, texts: KnownTexts) -> Reference | None:

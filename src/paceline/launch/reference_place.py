@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-from collections.abc import Iterator, Mapping
+import subprocess
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,16 +17,15 @@ import torch
 from paceline.config.target import TargetConfig
 from paceline.errors import TargetError
 from paceline.launch.memory import free_memory
-from paceline.target.engines.steps import num_computers
 from paceline.target.hf.loading import read_quantization, resolve_device, resolve_dtype
 from paceline.target.hf.stored_tensors import read_tensor_table
-from paceline.target.opening import ENGINES
 from paceline.target.selftest.texts import KnownTexts
 
 _BLOCK_SCALES = ".weight_scale_inv"
 """Names of the scales of weights in blocks end so."""
-_ROOM = 1.3
+_GPU_ROOM, _HOST_ROOM = 1.3, 1.1
 """A model takes so many times its weights while it computes a text."""
+_ASK = "import torch; print(*(torch.cuda.mem_get_info(gpu)[0] for gpu in range({first}, {end})))"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,58 +33,92 @@ class Place:
     """For one process of transformers, which is over before the engine starts."""
 
     device: torch.device
-    """All of it, or what is not spread."""
+    """Where tokens go in; all of the model, unless it is spread."""
     dtype: str
+    """That of packed weights, which stay as they are, is "auto"."""
     spread: Mapping[int, int] = field(default_factory=dict)
     """Bytes of weights that each of several GPUs may take; of none, where one device is enough."""
 
 
-def find_place(checkpoint: Path, config: TargetConfig, text_bytes: int, exact: bool = False) -> Place:
+@dataclass(frozen=True, slots=True)
+class _Need:
+    """Bytes of a model in one data type."""
+
+    dtype: str
+    weights: int
+    text: int
+
+
+def find_place(
+    checkpoint: Path, config: TargetConfig, text_bytes: int, exact: bool = False, everywhere: bool = False
+) -> Place:
     """fp32 where there is room, since bf16 of transformers is itself 1 to 2 % off; GPUs of the engine before the host.
 
     Args:
-        text_bytes: beside the weights, see `bytes_of_text`.
+        text_bytes: in fp32, beside the weights; see `bytes_of_text`.
         exact: in float32 or not at all.
+        everywhere: on all visible GPUs from the engine's first on, not the engine's alone.
 
     Raises:
         TargetError: there is room nowhere.
     """
-    device, dtype = resolve_device(config.device), resolve_dtype(config, checkpoint)
-    if read_quantization(checkpoint) is not None and not is_unpacked(checkpoint):
-        return Place(device, "auto")  # it may need the device's kernels
-    num_weights = sum(math.prod(tensor.shape) for tensor in read_tensor_table(checkpoint).values())
-    kinds = ["float32"] if exact else ["float32", dtype]
-    needs = {kind: num_weights * getattr(torch, kind).itemsize for kind in kinds}
-    if device.type == "cuda":
-        for kind, weight_bytes in needs.items():
-            for place in _on_gpus(device, kind, config, text_bytes):
-                if weight_bytes * _ROOM < (sum(place.spread.values()) or _room_on(device, text_bytes)):
-                    return place
+    device, own = resolve_device(config.device), resolve_dtype(config, checkpoint)
+    table = read_tensor_table(checkpoint).values()
+    num_weights = sum(math.prod(tensor.shape) for tensor in table)
+    packed = read_quantization(checkpoint) is not None and not is_unpacked(checkpoint)
+    if packed:
+        needs = [_Need("auto", sum(tensor.num_bytes for tensor in table), text_bytes)]
+    else:
+        sizes = {dtype: getattr(torch, dtype).itemsize for dtype in (["float32"] if exact else ["float32", own])}
+        needs = [_Need(dtype, size * num_weights, size * text_bytes // 4) for dtype, size in sizes.items()]
+    if device.type == "cuda" and (place := _on_gpus(needs, device, _num_gpus(config, everywhere))) is not None:
+        return place
     free = free_memory()
-    for kind, weight_bytes in needs.items():
-        if weight_bytes * _ROOM + text_bytes < free:
-            return Place(torch.device("cpu"), kind)
-    least, weight_bytes = list(needs.items())[-1]
+    if device.type == "cpu" or not packed:  # packed weights may need the device's kernels
+        for need in needs:
+            if need.weights * _HOST_ROOM + need.text < free:
+                return Place(torch.device("cpu"), need.dtype)
+    least = needs[-1]
     raise TargetError(
-        f"transformers in {least} needs {(weight_bytes * _ROOM + text_bytes) / 1e9:.0f} GB for the self-test's "
-        f"reference, {free / 1e9:.0f} GB are free on the host: make it elsewhere (paceline doctor MODEL "
-        "--save-reference FILE) and name it (target.selftest_reference), or do without (target.selftest = false)"
+        f"transformers in {own if packed else least.dtype} needs {(least.weights * _HOST_ROOM + least.text) / 1e9:.3g} "
+        f"GB for the self-test's reference, {free / 1e9:.3g} GB are free on the host, and no more on GPUs: make it "
+        "elsewhere (paceline doctor MODEL --save-reference FILE) and name it (target.selftest_reference), or do "
+        "without (target.selftest = false)"
     )
 
 
-def _on_gpus(device: torch.device, dtype: str, config: TargetConfig, text_bytes: int) -> Iterator[Place]:
-    """One GPU; then all that the engine will have, where accelerate is there to spread a model."""
-    yield Place(device, dtype)
+def _num_gpus(config: TargetConfig, everywhere: bool) -> int:
+    """From `target.device` on: the engine's, as far as that is known here."""
+    if everywhere or config.device_map is not None:
+        return torch.cuda.device_count()
+    return config.tensor_parallel
+
+
+def _on_gpus(needs: list[_Need], device: torch.device, num: int) -> Place | None:
+    """On one; else on all of them, where accelerate is there to spread a model."""
     first = device.index or 0
-    num = config.tensor_parallel if config.engine == "hf" else num_computers(ENGINES[config.engine], config)
-    gpus = range(first, min(first + num, torch.cuda.device_count()))
-    if len(gpus) > 1 and importlib.util.find_spec("accelerate") is not None:
-        yield Place(device, dtype, {gpu: _room_on(torch.device("cuda", gpu), text_bytes) for gpu in gpus})
+    free = free_on_gpus(first, min(first + num, torch.cuda.device_count()))
+    for need in needs:
+        room = {gpu: max(0, num_bytes - need.text) for gpu, num_bytes in free.items()}
+        if need.weights * _GPU_ROOM < room[first]:
+            return Place(device, need.dtype)
+        if need.weights * _GPU_ROOM < sum(room.values()) and importlib.util.find_spec("accelerate") is not None:
+            return Place(device, need.dtype, room)
+    return None
 
 
-def _room_on(gpu: torch.device, text_bytes: int) -> int:
-    """Bytes for weights."""
-    return max(0, torch.cuda.mem_get_info(gpu)[0] - text_bytes)
+def free_on_gpus(first: int, end: int) -> dict[int, int]:
+    """Bytes of each; a process of its own asks, since asking takes some hundred MB of each until the process ends.
+
+    Raises:
+        TargetError: CUDA does not work here.
+    """
+    asked = subprocess.run(  # noqa: S603  # our own words
+        [sys.executable, "-c", _ASK.format(first=first, end=end)], capture_output=True, text=True, check=False
+    )
+    if asked.returncode:
+        raise TargetError(f"free memory of GPUs {first} to {end - 1} is not known: {asked.stderr.strip()[-500:]}")
+    return dict(zip(range(first, end), map(int, asked.stdout.split()), strict=True))
 
 
 def bytes_of_text(text_config: Any, texts: KnownTexts) -> int:

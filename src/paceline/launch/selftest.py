@@ -82,7 +82,7 @@ def prepare_selftest(
     """Compute the reference, in a process of its own that is over when this returns, unless it is known.
 
     Args:
-        anew: neither a file of the configuration nor one of an earlier time will do.
+        anew: neither a file of the configuration nor one of an earlier time will do; on all GPUs that are visible.
         exact: in float32, with the rounding of the target's own data type, or not at all.
 
     Raises:
@@ -109,24 +109,64 @@ def prepare_selftest(
             f"transformers cannot load {config.model!r}, which is quantised, without accelerate: "
             'pip install "paceline[accelerate]", or name a reference made elsewhere (target.selftest_reference)'
         )
-    place = find_place(checkpoint, config, bytes_of_text(text_config, texts), exact)
-    rounded_dtype = own_dtype if place.dtype == "float32" != own_dtype else None
-    kept = cache_path(fingerprint, place.dtype, rounded_dtype, texts)
-    settings = {
-        "model": str(checkpoint),
-        "dtype": place.dtype,
-        "rounded_dtype": rounded_dtype,
-        "device": str(place.device),
-        "spread": place.spread,
-        "trust_remote_code": config.trust_remote_code,
-        "quantised": quantization is not None,
-        "unpacked": is_unpacked(checkpoint),
-        "num_tokenizer_tokens": count_tokenizer_tokens(tokenizer),
-        "num_positions": num_positions,
-        "fingerprint": fingerprint,
-    }
-    reference = find_reference(kept, texts, settings, config.engine_start_timeout_s, stop, anew)
+    packed = quantization is not None and not is_unpacked(checkpoint)
+    best = "auto" if packed else "float32"
+    kept = [_cache_path(fingerprint, dtype, own_dtype, texts) for dtype in ([best] if exact else [best, own_dtype])]
+
+    def plan() -> tuple[Path, dict[str, Any]]:
+        place = find_place(checkpoint, config, bytes_of_text(text_config, texts), exact, everywhere=anew)
+        return _cache_path(fingerprint, place.dtype, own_dtype, texts), {
+            "model": str(checkpoint),
+            "dtype": place.dtype,
+            "rounded_dtype": own_dtype if place.dtype == "float32" != own_dtype else None,
+            "device": str(place.device),
+            "spread": place.spread,
+            "trust_remote_code": config.trust_remote_code,
+            "quantised": quantization is not None,
+            "unpacked": quantization is not None and not packed,
+            "num_tokenizer_tokens": count_tokenizer_tokens(tokenizer),
+            "num_positions": num_positions,
+            "fingerprint": fingerprint,
+        }
+
+    reference = find_reference(kept, texts, fingerprint, plan, config.engine_start_timeout_s, stop, anew)
     return SelfTest(texts, reference.for_engine(own_dtype), tolerance)
+
+
+def compare(
+    config: TargetConfig, engine: ServedEngine, test: SelfTest | None, stop: threading.Event | None = None
+) -> SelfTestResult:
+    """Hold an engine against transformers; what may be rounding alone is told from a fault by float32.
+
+    Args:
+        test: made beforehand; None takes the model that `engine` has loaded.
+
+    Raises:
+        TargetError: whether it is rounding cannot be told here.
+        StoppedError: `stop` was set.
+    """
+    given = test is not None and config.selftest_reference is not None
+    if test is None:
+        assert isinstance(engine, HFEngine), "other engines have a reference that was made beforehand"
+        test = observe_own(config, engine)
+    result = test.run(config, engine, stop)
+    if result.problem is None or test.reference.dtype == "float32" or given or not _may_be_rounding(config):
+        return result
+    logger.warning(
+        "beside transformers in %s: %s; float32 tells how much of that is rounding",
+        test.reference.dtype,
+        result.problem,
+    )
+    try:
+        test = prepare_selftest(config, stop, exact=True)
+    except TargetError as error:
+        raise TargetError(f"{result.problem}; whether that is rounding alone cannot be told: {error}") from error
+    return test.run(config, engine, stop)
+
+
+def _cache_path(fingerprint: str, dtype: str, own_dtype: str, texts: KnownTexts) -> Path:
+    """Of a reference in `dtype`, with the rounding of `own_dtype` where it is exact enough to tell that."""
+    return cache_path(fingerprint, dtype, own_dtype if dtype == "float32" != own_dtype else None, texts)
 
 
 def _far_captures(config: TargetConfig) -> tuple[int, str | None]:
@@ -156,7 +196,7 @@ def observe_own(config: TargetConfig, engine: HFEngine) -> SelfTest:
     return SelfTest(texts, reference, _tolerance(config, checkpoint))
 
 
-def may_be_rounding(config: TargetConfig) -> bool:
+def _may_be_rounding(config: TargetConfig) -> bool:
     """Whether transformers, compared with itself in the target's data type, may be too far off because of that."""
     checkpoint = resolve_checkpoint(config.model, config.revision, config.trust_remote_code)
     return read_quantization(checkpoint) is None and resolve_dtype(config, checkpoint) != "float32"

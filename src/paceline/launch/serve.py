@@ -19,27 +19,19 @@ from rich.console import Console
 
 from paceline.config.files import write_whole
 from paceline.config.target import TargetConfig
-from paceline.errors import ConfigError, TargetError
-from paceline.launch.selftest import (
-    SelfTest,
-    engine_name,
-    has_whole_model,
-    may_be_rounding,
-    observe_own,
-    prepare_selftest,
-)
+from paceline.errors import ConfigError
+from paceline.launch.selftest import SelfTest, compare, engine_name, has_whole_model, prepare_selftest
 from paceline.launch.target_facts import default_layers
 from paceline.observe.logs import logging_for
 from paceline.schema.protocol import TransportName
 from paceline.target.admission import Admission
-from paceline.target.hf.engine import HFEngine
 from paceline.target.hf.loading import resolve_device
 from paceline.target.hf.merging import MergingEngine
 from paceline.target.hf.tables import CheckpointTables
 from paceline.target.hf.tokenizer_files import TokenizerFiles
 from paceline.target.hf.weights import CheckpointWeights
 from paceline.target.interface import Engine
-from paceline.target.opening import ServedEngine, open_engine
+from paceline.target.opening import ServedEngine, check_engine, open_engine
 from paceline.target.server.gate import check_address
 from paceline.target.server.server import ServedTarget, TargetServer
 from paceline.target.server.settings import ServerSettings
@@ -99,6 +91,7 @@ def serve_target(
         stack.enter_context(logging_for("server", 0, options.log_file, console, level))
         _allow_many_files()
         config = with_capture_layers(config)
+        check_engine(config)
         # Before the engine starts: a GPU may not hold two models.
         test = prepare_selftest(config, signals.stop) if config.selftest and not has_whole_model(config) else None
         engine = stack.enter_context(open_engine(config, signals.stop))
@@ -136,22 +129,10 @@ def with_capture_layers(config: TargetConfig) -> TargetConfig:
 
 def _prove(config: TargetConfig, engine: ServedEngine, test: SelfTest | None, stop: threading.Event) -> None:
     """Raise TargetError unless the engine computes what transformers does."""
-    if not config.selftest:
+    if config.selftest:
+        compare(config, engine, test, stop).check(engine_name(config))
+    else:
         logger.warning("target.selftest = false: nobody has looked whether %s computes this target", config.engine)
-        return
-    if test is None:
-        assert isinstance(engine, HFEngine), "other engines have a reference that was made beforehand"
-        test = observe_own(config, engine)
-        result = test.run(config, engine, stop)
-        if result.problem is None or not may_be_rounding(config):
-            result.check(engine_name(config))
-            return
-        logger.warning("beside the loaded model: %s; float32 tells how much of that is rounding", result.problem)
-        try:
-            test = prepare_selftest(config, stop, exact=True)
-        except TargetError as error:
-            raise TargetError(f"{result.problem}; whether that is rounding alone cannot be told: {error}") from error
-    test.run(config, engine, stop).check(engine_name(config))
 
 
 def _merging(engine: ServedEngine, options: ServeOptions) -> Engine:

@@ -20,10 +20,11 @@ from paceline.target.engines.heartbeat import Heartbeat
 from paceline.target.engines.http_calls import ENGINE_KEY
 from paceline.target.engines.interface import EngineAddress, EngineKind
 from paceline.target.engines.outer_parts import load_outer_parts
-from paceline.target.engines.programs import EngineProgram, find_program
+from paceline.target.engines.programs import EngineProgram, check_spread, find_program, visible_gpus
 from paceline.target.engines.starting import is_ready, start_engine
 from paceline.target.hf.engine import HFEngine
-from paceline.target.hf.loading import load_config, resolve_checkpoint
+from paceline.target.hf.loading import load_config, resolve_checkpoint, resolve_device
+from paceline.target.hf.parallel import check_parallel
 from paceline.target.interface import Engine, OnLost
 from paceline.target.sglang.kind import SGLANG
 from paceline.target.vllm.kind import VLLM
@@ -43,6 +44,25 @@ class ServedEngine(Engine, Protocol):
 
     def on_lost(self, call: OnLost) -> None:
         """Call `call` with the reason once the engine can compute no more; at once if it cannot already."""
+
+
+def check_engine(config: TargetConfig) -> None:
+    """Raise what settings alone can say, before anything slow is begun.
+
+    Raises:
+        ConfigError, TargetError: as `open_engine`.
+    """
+    checkpoint = resolve_checkpoint(config.model, config.revision, config.trust_remote_code)
+    if config.engine == "hf":
+        if config.tensor_parallel > 1:
+            check_parallel(config, checkpoint, resolve_device(config.device))
+        return
+    kind, layers = ENGINES[config.engine], _layers_of(config, checkpoint)
+    if config.engine_url is None:
+        program = find_program(config, kind.packages, kind.install)
+        check_spread(config, kind.spreading, kind.title)
+        visible_gpus(config, os.environ)
+        kind.command(config, program, checkpoint, EngineAddress("http://127.0.0.1:0", Path(), layers))
 
 
 @contextlib.contextmanager
@@ -67,12 +87,8 @@ def open_engine(config: TargetConfig, stop: threading.Event | None = None) -> It
             yield engine
         return
     kind = ENGINES[config.engine]
-    _check_settings(config)
-    if not config.capture_layers:
-        raise ConfigError(f'target.engine = "{config.engine}" needs target.capture_layers when it starts')
     checkpoint = resolve_checkpoint(config.model, config.revision, config.trust_remote_code)
-    num_layers = int(load_config(checkpoint, config.trust_remote_code).get_text_config(decoder=True).num_hidden_layers)
-    layers = engine_layers(config.capture_layers, num_layers)
+    layers = _layers_of(config, checkpoint)
     if config.engine_url is not None:
         with _reach(kind, config, layers) as reached:
             yield reached
@@ -82,8 +98,11 @@ def open_engine(config: TargetConfig, stop: threading.Event | None = None) -> It
         yield started
 
 
-def _check_settings(config: TargetConfig) -> None:
-    """Not the configuration's business: `paceline evaluate` of the same run loads the target in transformers."""
+def _layers_of(config: TargetConfig, checkpoint: Path) -> tuple[int, ...]:
+    """Those that an engine other than "hf" captures; settings that such an engine does not have are refused.
+
+    Not the configuration's business: `paceline evaluate` of the same run loads the target in transformers.
+    """
     fields = TargetConfig.model_fields
     given = [name for name in _OF_TRANSFORMERS if getattr(config, name) != fields[name].default]
     if given:
@@ -92,6 +111,10 @@ def _check_settings(config: TargetConfig) -> None:
             f'target.{names} set for a server of target.engine = "{config.engine}", which has options of its own for '
             "it (target.engine_args): leave them out"
         )
+    if not config.capture_layers:
+        raise ConfigError(f'target.engine = "{config.engine}" needs target.capture_layers when it starts')
+    num_layers = int(load_config(checkpoint, config.trust_remote_code).get_text_config(decoder=True).num_hidden_layers)
+    return engine_layers(config.capture_layers, num_layers)
 
 
 def engine_layers(layers: tuple[int, ...], num_layers: int) -> tuple[int, ...]:

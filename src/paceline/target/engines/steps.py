@@ -27,11 +27,6 @@ def step_tokens(kind: EngineKind, config: TargetConfig, on_gpu: bool) -> int:
     return replicas * max([own, *_numbers(config, kind.step_options)])
 
 
-def num_computers(kind: EngineKind, config: TargetConfig) -> int:
-    """GPUs that the target is spread over, or processes on a CPU, all replicas together."""
-    return max(_product(config, kind.spreading), config.tensor_parallel)
-
-
 def is_known(kind: EngineKind, config: TargetConfig) -> bool:
     """Whether nobody else has started the engine with other options."""
     return config.engine_url is None or bool(_numbers(config, kind.step_options))

@@ -221,7 +221,9 @@ def _load(settings: Mapping[str, Any], dtype: str) -> PreTrainedModel:
     loader: Any = _loader(settings["model"], settings["trust_remote_code"])
     options: dict[str, Any] = {}
     if settings["spread"]:
-        options |= {"device_map": "auto", "max_memory": {int(gpu): num for gpu, num in settings["spread"].items()}}
+        # One GPU is filled after the other: "auto" gives uneven ones even shares, and puts what is left on the disk.
+        options["device_map"] = "sequential"
+        options["max_memory"] = {int(gpu): num_bytes for gpu, num_bytes in settings["spread"].items()}
     elif settings["quantised"]:
         options["device_map"] = {"": settings["device"]}
     if settings["unpacked"]:  # what the weights mean: on a GPU transformers would round activations, too
@@ -238,6 +240,9 @@ def _load(settings: Mapping[str, Any], dtype: str) -> PreTrainedModel:
     )
     if report["missing_keys"]:  # transformers would go on with random numbers
         sys.exit(f"{settings['model']} lacks {sorted(report['missing_keys'])[:3]}")
+    places = set(getattr(model, "hf_device_map", {}).values())
+    if places & {"cpu", "disk"}:
+        sys.exit(f"{settings['model']} does not fit on GPUs with room for {settings['spread']} bytes")
     if "device_map" not in options:
         model.to(settings["device"])
     if settings["unpacked"]:  # what was not packed is in the data type that it is stored in; buffers stay as they are
