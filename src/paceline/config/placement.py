@@ -49,7 +49,7 @@ class PlacementConfig(Config):
     trainer, and the CPU where there is none."""
     start_timeout_s: float = Field(1800.0, gt=0)
     """For "servers": a server not ready by then ends the run, with its last log lines. Loading a large checkpoint
-    from a network file system takes long."""
+    from a network file system takes long, and the first time transformers computes the self-test's reference."""
     max_restarts: int = Field(5, ge=0)
     """For "servers": how often one server that died is started anew; after that the others do its work."""
     token_file: str | None = None
