@@ -116,6 +116,7 @@ def test_what_cannot_work_is_said_before_anything_is_loaded(tmp_path: Path, monk
         (("--engine", "vllm", "target.engine_python=/no/python"), "cannot be run"),
         (("--engine", "vllm", f"target.engine_python={sys.executable}"), "has no package vllm"),
         (("--engine", "sglang", "--capture-layers", "9"), r"capture_layers has \[9\]"),
+        (("--engine", "vllm", "--engine-url", "http://127.0.0.1:1", "target.engine_directory=/no"), "is no directory"),
     ],
 )
 def test_settings_that_cannot_work_are_named_before_the_self_test_computes_anything(

@@ -116,14 +116,14 @@ def test_a_reference_that_one_gpu_cannot_hold_is_computed_on_two_before_the_engi
     config = TargetConfig(model=str(target), device="cuda:0", tensor_parallel=2, dtype="bfloat16")
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-    assert all(num_bytes > 1e9 for num_bytes in free_on_gpus(0, 2).values())
+    assert all(num_bytes > 1e9 for num_bytes in free_on_gpus(range(2)).values())
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "one"))
     one = prepare_selftest(config)
     weight_bytes = 4 * sum(math.prod(tensor.shape) for tensor in read_tensor_table(target).values())
     monkeypatch.setattr("paceline.launch.selftest.bytes_of_text", lambda *_: 0)
     monkeypatch.setattr(
         "paceline.launch.reference_place.free_on_gpus",
-        lambda *_: {0: int(0.9 * weight_bytes), 1: int(0.45 * weight_bytes)},
+        lambda gpus: {0: int(0.9 * weight_bytes), 1: int(0.45 * weight_bytes)},
     )
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "two"))
     with caplog.at_level(logging.INFO, logger="paceline"):

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import logging
 import math
 import os
+import shutil
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from accelerate import infer_auto_device_map
-from transformers import AutoModelForCausalLM
 
 from paceline.config.target import TargetConfig
 from paceline.errors import StoppedError, TargetError
 from paceline.launch.memory import free_memory
 from paceline.launch.reference import find_reference
-from paceline.launch.reference_place import find_place
+from paceline.launch.reference_place import find_place, free_on_gpus
 from paceline.launch.selftest import SelfTest, prepare_selftest
 from paceline.schema.features import Features, FeatureSpec
 from paceline.schema.rows import RowRequest
@@ -31,7 +32,6 @@ from paceline.target.selftest.reference import cache_path
 from paceline.target.selftest.run import run_selftest
 from paceline.target.selftest.texts import build_texts
 from rows import tiny_info
-from tiny import tiny_config
 
 TEXTS = build_texts(261)
 
@@ -104,8 +104,25 @@ def test_a_reference_of_an_earlier_time_needs_no_room(
     assert caplog.text.count("computing what transformers says") == 2
 
 
+def test_where_nothing_better_can_be_computed_one_of_an_earlier_time_is_taken_and_said_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    best, least = tmp_path / "best.safetensors", tmp_path / "least.safetensors"
+    kept = SimpleNamespace(dtype="bfloat16")
+    monkeypatch.setattr("paceline.launch.reference._known", lambda path, *_: kept if path == least else None)
+    settings = {"dtype": "float32", "device": "cpu", "spread": {}, "quantised": False, "model": str(tmp_path / "none")}
+    assert find_reference([best, least], TEXTS, "w", lambda: (best, settings), 60) is kept
+    assert (
+        "takes what transformers said in bfloat16 at an earlier time: the self-test's reference cannot" in caplog.text
+    )
+    with pytest.raises(TargetError, match="cannot be computed here"):
+        find_reference([best, least], TEXTS, "w", lambda: (best, settings), 60, anew=True)
+
+
 BF16, FP32 = {"dtype": "bfloat16"}, {"dtype": "float32"}
 TWO = {"tensor_parallel": 2}
+VLLM, SGLANG = {"engine": "vllm", "device": "cuda"}, {"engine": "sglang", "device": "cuda"}
+ATTACHED = {"engine_url": "http://127.0.0.1:1", "engine_directory": "/dev/shm"}
 
 
 @pytest.mark.parametrize(
@@ -116,6 +133,9 @@ TWO = {"tensor_parallel": 2}
         ((9, 9, 3, 4), 9, BF16 | TWO | {"device": "cuda:2"}, ("cuda:2", "float32", {2: 3, 3: 4})),
         ((3, 4, 9, 9), 9, BF16 | TWO | {"engine": "vllm"}, ("cuda:0", "float32", {0: 3, 1: 4})),
         ((3, 4, 9, 9), 9, BF16 | TWO | {"engine": "sglang"}, ("cuda:0", "float32", {0: 3, 1: 4})),
+        ((3, 4, 9, 9), 9, BF16 | VLLM | {"engine_args": {"-tp": 2, "-dp": 2}}, ("cuda:0", "float32", {0: 3, 1: 4})),
+        ((3, 4, 9, 9), 9, BF16 | SGLANG | {"engine_args": {"tp": 2}}, ("cuda:0", "float32", {0: 3, 1: 4})),
+        ((2, 4, 9, 9), 9, BF16 | VLLM | ATTACHED | {"engine_args": {"-tp": 2}}, ("cpu", "float32", {})),
         ((3, 3, 9, 9), 9, BF16, ("cuda:0", "bfloat16", {})),
         ((2, 2, 1, 1), 9, BF16 | {"device_map": "auto"}, ("cuda:0", "float32", {0: 2, 1: 2, 2: 1, 3: 1})),
         ((2, 2, 9, 9), 9, FP32 | TWO, ("cpu", "float32", {})),
@@ -138,12 +158,12 @@ def test_a_reference_goes_where_there_is_room_float32_and_the_engines_own_gpus_f
     config = TargetConfig.model_validate({"model": str(tiny_target), "device": "cuda:0", **changes})
     room = text if expected[1] == "float32" else text // 2
 
-    def free_on_gpus(first: int, end: int) -> dict[int, int]:
-        beside = 0 if expected[0] == "cpu" else room
-        return {gpu: free[gpu] * num_weights + beside for gpu in range(first, end)}
-
+    beside = room if expected[0] != "cpu" else text // 2 if config.dtype == "bfloat16" else text
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    monkeypatch.setattr("paceline.launch.reference_place.free_on_gpus", free_on_gpus)
+    monkeypatch.setattr(
+        "paceline.launch.reference_place.free_on_gpus",
+        lambda gpus: {gpu: free[gpu] * num_weights + beside for gpu in gpus},
+    )
     monkeypatch.setattr("paceline.launch.reference_place.free_memory", lambda: host * num_weights + room)
     place = find_place(tiny_target, config, text)
     spread = {gpu: num_bytes // num_weights for gpu, num_bytes in place.spread.items()}
@@ -157,7 +177,7 @@ def test_nothing_is_spread_without_accelerate_and_all_gpus_may_be_used_for_a_fil
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(
         "paceline.launch.reference_place.free_on_gpus",
-        lambda first, end: dict.fromkeys(range(first, end), 2 * num_weights),
+        lambda gpus: dict.fromkeys(gpus, 2 * num_weights),
     )
     config = TargetConfig(model=str(tiny_target), device="cuda:0", dtype="bfloat16", tensor_parallel=2)
     assert len(find_place(tiny_target, config, 0).spread) == 2
@@ -168,19 +188,33 @@ def test_nothing_is_spread_without_accelerate_and_all_gpus_may_be_used_for_a_fil
     assert (find_place(tiny_target, config, 0).device.type, find_place(tiny_target, config, 0).spread) == ("cpu", {})
 
 
-@pytest.mark.parametrize("rooms", [(0.9, 0.45), (1.1, 0.25), (0.3, 0.2, 0.6, 0.25)])
-def test_a_spread_model_lies_on_gpus_alone_however_uneven_they_are(rooms: tuple[float, ...]) -> None:
-    """By accelerate's own plan, for the way and the room that the reference asks for."""
-    config = tiny_config("qwen3", hidden_size=256, intermediate_size=1024, num_hidden_layers=24)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    num_bytes = 4 * sum(parameter.numel() for parameter in model.parameters())
-    room = {gpu: int(share * num_bytes) for gpu, share in enumerate(rooms)}
-    assert sum(rooms) >= 1.3
-    placed = infer_auto_device_map(
-        model, max_memory=dict(room), no_split_module_classes=["Qwen3DecoderLayer"], dtype=torch.float32
+def test_gpus_that_do_not_say_what_is_free_are_passed_over(caplog: pytest.LogCaptureFixture) -> None:
+    """This machine has none, or not so many."""
+    gpus = range(torch.cuda.device_count(), torch.cuda.device_count() + 2)
+    assert free_on_gpus(gpus) == dict.fromkeys(gpus, 0)
+
+
+def test_packed_weights_stay_on_the_engines_gpus_whatever_there_is_room_for(
+    tiny_target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They may need its kernels, and what transformers unpacks of them is not known."""
+    packed = Path(shutil.copytree(tiny_target, tmp_path / "packed"))
+    stored = json.loads((packed / "config.json").read_text())
+    (packed / "config.json").write_text(
+        json.dumps(stored | {"quantization_config": {"quant_method": "awq", "bits": 4}})
     )
-    assert set(placed.values()) <= set(room)
+    num_bytes = sum(tensor.num_bytes for tensor in read_tensor_table(packed).values())
+    free = {0: 0.0, 1: 0.0}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(
+        "paceline.launch.reference_place.free_on_gpus",
+        lambda gpus: {gpu: int(free[gpu] * num_bytes) for gpu in gpus},
+    )
+    config = TargetConfig(model=str(packed), device="cuda:0", dtype="bfloat16", tensor_parallel=2)
+    for room, spread in (((0.1, 0.1), 0), ((0.7, 0.7), 2), ((1.4, 0.0), 0)):
+        free |= dict(enumerate(room))
+        place = find_place(packed, config, 0)
+        assert (str(place.device), place.dtype, len(place.spread)) == ("cuda:0", "auto", spread)
 
 
 def test_waiting_for_another_that_computes_it_ends_with_a_stop_or_in_time(tmp_path: Path) -> None:

@@ -105,9 +105,13 @@ def test_a_server_of_transformers_compares_with_float32_before_it_refuses(
         engine.change = mixed_up
         with pytest.raises(TargetError, match="engine does not compute this target"):
             compare(config, engine, None).check("engine")
+        engine.change = rounded
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
         monkeypatch.setattr("paceline.launch.reference_place.free_memory", lambda: 1)
-        both = r"is off by .*; whether that is rounding alone cannot be told: transformers in float32 needs 0\.\d+ GB"
+        both = (
+            r"transformers \(hf\) does not compute this target as transformers in bfloat16 does: .*is off by .*; "
+            r"whether that is rounding alone cannot be told: transformers in float32 needs 0\.\d+ GB"
+        )
         with pytest.raises(TargetError, match=both):
             compare(config, engine, None).check("engine")
 
@@ -115,18 +119,22 @@ def test_a_server_of_transformers_compares_with_float32_before_it_refuses(
 def test_a_reference_made_beforehand_in_bf16_is_no_last_word_either(
     config: TargetConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Where float32 had no room, as of a target that needs several GPUs."""
+    """Where float32 had no room, as of a target on several GPUs, or in a file; a clear fault needs no float32."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with contextlib.closing(Changed(config)) as engine, caplog.at_level(logging.INFO):
         beforehand = observe_own(config, engine)
+        beforehand.reference.save(tmp_path / "reference.safetensors")
+        config = config.model_copy(update={"selftest_reference": str(tmp_path / "reference.safetensors")})
         beforehand = replace(beforehand, tolerance=replace(beforehand.tolerance, relative=5e-3))
+        engine.change = mixed_up
+        with pytest.raises(TargetError, match="engine does not compute this target: "):
+            compare(config, engine, beforehand).check("engine")
+        assert "float32 tells" not in caplog.text
         engine.change = rounded
         assert beforehand.run(config, engine).problem is not None, "the premise: off by more than is allowed"
         compare(config, engine, beforehand).check("engine")
         assert "beside transformers in bfloat16" in caplog.text
-        engine.change = mixed_up
-        with pytest.raises(TargetError, match="engine does not compute this target"):
-            compare(config, engine, beforehand).check("engine")
+        assert "computing what transformers says to the self-test, in float32" in caplog.text
 
 
 def in_fp8(tensor: Tensor) -> Tensor:

@@ -86,7 +86,8 @@ def _test_engine(config: TargetConfig, signals: StopSignals, save_reference: Pat
     test = prepare_selftest(config, signals.stop, anew=save_reference is not None)
     if save_reference is not None:
         test.reference.save(save_reference)
-        typer.echo(f"{save_reference}: what transformers says, in {test.reference.dtype}")
+        rounded = "" if test.reference.dtype == "float32" else ", for want of room: float32 would be exact"
+        typer.echo(f"{save_reference}: what transformers says, in {test.reference.dtype}{rounded}")
         return
     with open_engine(config, signals.stop) as engine:
         result = compare(config, engine, test, signals.stop)

@@ -38,8 +38,8 @@ def find_reference(
     """A reference that is kept, or one that is computed now.
 
     Args:
-        kept: files of earlier times: the first is taken wherever it is there, the others where there is no room for
-            anything better.
+        kept: files of earlier times: the first is taken wherever it is there, the others where nothing better can be
+            computed.
         plan: asked, while no other server of this host computes the same, what is to be computed: its file, and the
             settings of `paceline.target.selftest.reference` without "output". Its TargetError: there is no room.
         anew: one of an earlier time will not do.
@@ -60,14 +60,17 @@ def find_reference(
             return found
         try:
             path, settings = plan()
-        except TargetError:
-            known = (found for path in kept[1:] if (found := look_for(path)) is not None)
-            if (found := next(known, None)) is None:
+            if path != kept[0] and (found := look_for(path)) is not None:
+                return found
+            _compute(settings, path, timeout_s, stop)
+        except TargetError as error:
+            found = next((found for path in kept[1:] if (found := look_for(path)) is not None), None)
+            if found is None:
                 raise
+            logger.warning(
+                "the self-test takes what transformers said in %s at an earlier time: %s", found.dtype, error
+            )
             return found
-        if path != kept[0] and (found := look_for(path)) is not None:
-            return found
-        _compute(settings, path, timeout_s, stop)
         return load_reference(path, fingerprint, texts)
 
 

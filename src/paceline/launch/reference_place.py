@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import math
 import subprocess
 import sys
@@ -17,15 +18,26 @@ import torch
 from paceline.config.target import TargetConfig
 from paceline.errors import TargetError
 from paceline.launch.memory import free_memory
+from paceline.target.engines.steps import num_shards
 from paceline.target.hf.loading import read_quantization, resolve_device, resolve_dtype
 from paceline.target.hf.stored_tensors import read_tensor_table
+from paceline.target.opening import ENGINES
 from paceline.target.selftest.texts import KnownTexts
 
 _BLOCK_SCALES = ".weight_scale_inv"
 """Names of the scales of weights in blocks end so."""
 _GPU_ROOM, _HOST_ROOM = 1.3, 1.1
 """A model takes so many times its weights while it computes a text."""
-_ASK = "import torch; print(*(torch.cuda.mem_get_info(gpu)[0] for gpu in range({first}, {end})))"
+_ASK = """
+import sys, torch
+for gpu in sys.argv[1:]:
+    try:
+        print(torch.cuda.mem_get_info(int(gpu))[0])
+    except RuntimeError:
+        print(0)
+"""
+_ASK_S = 120.0
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +56,6 @@ class Place:
 class _Need:
     """Bytes of a model in one data type."""
 
-    dtype: str
     weights: int
     text: int
 
@@ -65,60 +76,71 @@ def find_place(
     device, own = resolve_device(config.device), resolve_dtype(config, checkpoint)
     table = read_tensor_table(checkpoint).values()
     num_weights = sum(math.prod(tensor.shape) for tensor in table)
-    packed = read_quantization(checkpoint) is not None and not is_unpacked(checkpoint)
+    packed = is_packed(checkpoint)
+    dtypes = [own] if packed else ["float32"] if exact else ["float32", own]
+    needs = {dtype: _Need(num_weights * _itemsize(dtype), text_bytes * _itemsize(dtype) // 4) for dtype in dtypes}
     if packed:
-        needs = [_Need("auto", sum(tensor.num_bytes for tensor in table), text_bytes)]
-    else:
-        sizes = {dtype: getattr(torch, dtype).itemsize for dtype in (["float32"] if exact else ["float32", own])}
-        needs = [_Need(dtype, size * num_weights, size * text_bytes // 4) for dtype, size in sizes.items()]
-    if device.type == "cuda" and (place := _on_gpus(needs, device, _num_gpus(config, everywhere))) is not None:
+        needs = {"auto": _Need(sum(tensor.num_bytes for tensor in table), needs[own].text)}
+    num_gpus = _num_gpus(config, device, everywhere)
+    if num_gpus and (place := _on_gpus(needs, device, num_gpus)) is not None:
         return place
+    if packed:
+        return Place(device, "auto")  # it may need the device's kernels, and what they unpack is not known
     free = free_memory()
-    if device.type == "cpu" or not packed:  # packed weights may need the device's kernels
-        for need in needs:
-            if need.weights * _HOST_ROOM + need.text < free:
-                return Place(torch.device("cpu"), need.dtype)
-    least = needs[-1]
+    for dtype, need in needs.items():
+        if need.weights * _HOST_ROOM + need.text < free:
+            return Place(torch.device("cpu"), dtype)
+    least, need = list(needs.items())[-1]
+    gpus = f", and less on {num_gpus} GPUs" if num_gpus else ""
     raise TargetError(
-        f"transformers in {own if packed else least.dtype} needs {(least.weights * _HOST_ROOM + least.text) / 1e9:.3g} "
-        f"GB for the self-test's reference, {free / 1e9:.3g} GB are free on the host, and no more on GPUs: make it "
-        "elsewhere (paceline doctor MODEL --save-reference FILE) and name it (target.selftest_reference), or do "
-        "without (target.selftest = false)"
+        f"transformers in {least} needs {(need.weights * _HOST_ROOM + need.text) / 1e9:.3g} GB for the self-test's "
+        f"reference, {free / 1e9:.3g} GB are free on the host{gpus}: make it elsewhere (paceline doctor MODEL "
+        "--save-reference FILE) and name it (target.selftest_reference), or do without (target.selftest = false)"
     )
 
 
-def _num_gpus(config: TargetConfig, everywhere: bool) -> int:
-    """From `target.device` on: the engine's, as far as that is known here."""
+def _itemsize(dtype: str) -> int:
+    size: int = getattr(torch, dtype).itemsize
+    return size
+
+
+def _num_gpus(config: TargetConfig, device: torch.device, everywhere: bool) -> int:
+    """From `device` on: the engine's, as far as that is known here. Of one with replicas, those of the first."""
+    if device.type != "cuda":
+        return 0
+    num = config.tensor_parallel
     if everywhere or config.device_map is not None:
-        return torch.cuda.device_count()
-    return config.tensor_parallel
+        num = torch.cuda.device_count()
+    elif config.engine != "hf" and config.engine_url is None:
+        num = max(num, num_shards(ENGINES[config.engine], config))
+    return min(num, torch.cuda.device_count() - (device.index or 0))
 
 
-def _on_gpus(needs: list[_Need], device: torch.device, num: int) -> Place | None:
+def _on_gpus(needs: Mapping[str, _Need], device: torch.device, num: int) -> Place | None:
     """On one; else on all of them, where accelerate is there to spread a model."""
     first = device.index or 0
-    free = free_on_gpus(first, min(first + num, torch.cuda.device_count()))
-    for need in needs:
+    free = free_on_gpus(range(first, first + num))
+    for dtype, need in needs.items():
         room = {gpu: max(0, num_bytes - need.text) for gpu, num_bytes in free.items()}
         if need.weights * _GPU_ROOM < room[first]:
-            return Place(device, need.dtype)
+            return Place(device, dtype)
         if need.weights * _GPU_ROOM < sum(room.values()) and importlib.util.find_spec("accelerate") is not None:
-            return Place(device, need.dtype, room)
+            return Place(device, dtype, room)
     return None
 
 
-def free_on_gpus(first: int, end: int) -> dict[int, int]:
-    """Bytes of each; a process of its own asks, since asking takes some hundred MB of each until the process ends.
+def free_on_gpus(gpus: range) -> dict[int, int]:
+    """Bytes of each, 0 of one that does not say.
 
-    Raises:
-        TargetError: CUDA does not work here.
+    A process of its own asks, since asking takes some hundred MB of each until the process ends.
     """
-    asked = subprocess.run(  # noqa: S603  # our own words
-        [sys.executable, "-c", _ASK.format(first=first, end=end)], capture_output=True, text=True, check=False
-    )
-    if asked.returncode:
-        raise TargetError(f"free memory of GPUs {first} to {end - 1} is not known: {asked.stderr.strip()[-500:]}")
-    return dict(zip(range(first, end), map(int, asked.stdout.split()), strict=True))
+    words = [sys.executable, "-c", _ASK, *map(str, gpus)]
+    try:
+        asked = subprocess.run(words, capture_output=True, text=True, timeout=_ASK_S, check=True)  # noqa: S603
+        return dict(zip(gpus, map(int, asked.stdout.split()), strict=True))
+    except (subprocess.SubprocessError, ValueError) as error:
+        logger.warning("free memory of GPUs %s is not known, the self-test's reference goes elsewhere: %s", gpus, error)
+        return dict.fromkeys(gpus, 0)
 
 
 def bytes_of_text(text_config: Any, texts: KnownTexts) -> int:
@@ -129,7 +151,12 @@ def bytes_of_text(text_config: Any, texts: KnownTexts) -> int:
     return 4 * num_tokens * (scores + states + 2 * int(text_config.vocab_size))
 
 
-def is_unpacked(checkpoint: Path) -> bool:
+def is_packed(checkpoint: Path) -> bool:
+    """Whether transformers computes with packed weights, as they are stored, in whatever data type they want."""
+    return read_quantization(checkpoint) is not None and not _is_unpacked(checkpoint)
+
+
+def _is_unpacked(checkpoint: Path) -> bool:
     """Whether transformers makes plain weights of it, anywhere: fp8 in whole blocks, as of Qwen3-8B-FP8.
 
     Scales of a whole tensor have another name, which transformers passes over; and where a tensor's last blocks are

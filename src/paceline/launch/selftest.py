@@ -13,7 +13,7 @@ from typing import Any
 from paceline.config.target import TargetConfig
 from paceline.errors import TargetError
 from paceline.launch.reference import find_reference
-from paceline.launch.reference_place import bytes_of_text, find_place, is_unpacked
+from paceline.launch.reference_place import bytes_of_text, find_place, is_packed
 from paceline.target.engines.flags import option_name
 from paceline.target.engines.steps import is_known, step_tokens
 from paceline.target.hf.engine import HFEngine
@@ -103,13 +103,14 @@ def prepare_selftest(
         given = load_reference(Path(config.selftest_reference), wanted, texts)
         if given.fingerprint != fingerprint:
             logger.warning("the self-test compares with other weights: those of %s", given.model)
-        return SelfTest(texts, given.for_engine(own_dtype), tolerance)
+        if given.dtype == "float32" or not exact:
+            return SelfTest(texts, given.for_engine(own_dtype), tolerance)
     if quantization and importlib.util.find_spec("accelerate") is None:
         raise TargetError(
             f"transformers cannot load {config.model!r}, which is quantised, without accelerate: "
             'pip install "paceline[accelerate]", or name a reference made elsewhere (target.selftest_reference)'
         )
-    packed = quantization is not None and not is_unpacked(checkpoint)
+    packed = is_packed(checkpoint)
     best = "auto" if packed else "float32"
     kept = [_cache_path(fingerprint, dtype, own_dtype, texts) for dtype in ([best] if exact else [best, own_dtype])]
 
@@ -145,22 +146,21 @@ def compare(
         TargetError: whether it is rounding cannot be told here.
         StoppedError: `stop` was set.
     """
-    given = test is not None and config.selftest_reference is not None
     if test is None:
         assert isinstance(engine, HFEngine), "other engines have a reference that was made beforehand"
         test = observe_own(config, engine)
     result = test.run(config, engine, stop)
-    if result.problem is None or test.reference.dtype == "float32" or given or not _may_be_rounding(config):
+    if result.problem is None or not _may_be_rounding(config, test, result):
         return result
-    logger.warning(
-        "beside transformers in %s: %s; float32 tells how much of that is rounding",
-        test.reference.dtype,
-        result.problem,
-    )
+    dtype = test.reference.dtype
+    logger.warning("beside transformers in %s: %s; float32 tells how much of that is rounding", dtype, result.problem)
     try:
         test = prepare_selftest(config, stop, exact=True)
     except TargetError as error:
-        raise TargetError(f"{result.problem}; whether that is rounding alone cannot be told: {error}") from error
+        raise TargetError(
+            f"{engine_name(config)} does not compute this target as transformers in {dtype} does: {result.problem}; "
+            f"whether that is rounding alone cannot be told: {error}"
+        ) from error
     return test.run(config, engine, stop)
 
 
@@ -196,10 +196,12 @@ def observe_own(config: TargetConfig, engine: HFEngine) -> SelfTest:
     return SelfTest(texts, reference, _tolerance(config, checkpoint))
 
 
-def _may_be_rounding(config: TargetConfig) -> bool:
-    """Whether transformers, compared with itself in the target's data type, may be too far off because of that."""
+def _may_be_rounding(config: TargetConfig, test: SelfTest, result: SelfTestResult) -> bool:
+    """Whether float32 might say otherwise: it was not asked, and no error is larger than rounding is ever allowed."""
+    if test.reference.dtype == "float32":
+        return False
     checkpoint = resolve_checkpoint(config.model, config.revision, config.trust_remote_code)
-    return read_quantization(checkpoint) is None and resolve_dtype(config, checkpoint) != "float32"
+    return not is_packed(checkpoint) and all(line.relative <= test.tolerance.widest for line in result.lines)
 
 
 def _tolerance(config: TargetConfig, checkpoint: Path) -> Tolerance:

@@ -47,22 +47,26 @@ class ServedEngine(Engine, Protocol):
 
 
 def check_engine(config: TargetConfig) -> None:
-    """Raise what settings alone can say, before anything slow is begun.
+    """Raise what settings, or an engine that runs already, can say before anything slow is begun.
 
     Raises:
-        ConfigError, TargetError: as `open_engine`.
+        ConfigError, TargetError, TransportError: as `open_engine`.
     """
+    if config.engine != "hf":
+        _check_settings(config)
     checkpoint = resolve_checkpoint(config.model, config.revision, config.trust_remote_code)
     if config.engine == "hf":
         if config.tensor_parallel > 1:
             check_parallel(config, checkpoint, resolve_device(config.device))
         return
     kind, layers = ENGINES[config.engine], _layers_of(config, checkpoint)
-    if config.engine_url is None:
-        program = find_program(config, kind.packages, kind.install)
-        check_spread(config, kind.spreading, kind.title)
-        visible_gpus(config, os.environ)
-        kind.command(config, program, checkpoint, EngineAddress("http://127.0.0.1:0", Path(), layers))
+    if config.engine_url is not None:
+        kind.connect(_address_of(config, layers)).close()
+        return
+    program = find_program(config, kind.packages, kind.install)
+    check_spread(config, kind.spreading, kind.title)
+    visible_gpus(config, os.environ)
+    kind.command(config, program, checkpoint, EngineAddress("http://127.0.0.1:0", Path(), layers))
 
 
 @contextlib.contextmanager
@@ -87,6 +91,7 @@ def open_engine(config: TargetConfig, stop: threading.Event | None = None) -> It
             yield engine
         return
     kind = ENGINES[config.engine]
+    _check_settings(config)
     checkpoint = resolve_checkpoint(config.model, config.revision, config.trust_remote_code)
     layers = _layers_of(config, checkpoint)
     if config.engine_url is not None:
@@ -98,11 +103,8 @@ def open_engine(config: TargetConfig, stop: threading.Event | None = None) -> It
         yield started
 
 
-def _layers_of(config: TargetConfig, checkpoint: Path) -> tuple[int, ...]:
-    """Those that an engine other than "hf" captures; settings that such an engine does not have are refused.
-
-    Not the configuration's business: `paceline evaluate` of the same run loads the target in transformers.
-    """
+def _check_settings(config: TargetConfig) -> None:
+    """Not the configuration's business: `paceline evaluate` of the same run loads the target in transformers."""
     fields = TargetConfig.model_fields
     given = [name for name in _OF_TRANSFORMERS if getattr(config, name) != fields[name].default]
     if given:
@@ -113,6 +115,11 @@ def _layers_of(config: TargetConfig, checkpoint: Path) -> tuple[int, ...]:
         )
     if not config.capture_layers:
         raise ConfigError(f'target.engine = "{config.engine}" needs target.capture_layers when it starts')
+
+
+def _layers_of(config: TargetConfig, checkpoint: Path) -> tuple[int, ...]:
+    """Those that an engine other than "hf" captures."""
+    assert config.capture_layers is not None, "the caller looked"
     num_layers = int(load_config(checkpoint, config.trust_remote_code).get_text_config(decoder=True).num_hidden_layers)
     return engine_layers(config.capture_layers, num_layers)
 
@@ -161,8 +168,8 @@ def _start(
                 raise process.explain(error) from error
 
 
-@contextlib.contextmanager
-def _reach(kind: EngineKind, config: TargetConfig, layers: tuple[int, ...]) -> Iterator[DocumentEngine]:
+def _address_of(config: TargetConfig, layers: tuple[int, ...]) -> EngineAddress:
+    """Of an engine that runs already."""
     assert config.engine_url is not None, "the caller looked"
     directory = Path(str(config.engine_directory))
     if not directory.is_dir():
@@ -170,8 +177,12 @@ def _reach(kind: EngineKind, config: TargetConfig, layers: tuple[int, ...]) -> I
             f"target.engine_directory = {str(directory)!r} is no directory on this host: it must be the one that the "
             "engine writes to"
         )
-    address = EngineAddress(config.engine_url, directory, layers, os.environ.get(ENGINE_KEY, ""))
-    server = kind.connect(address)
+    return EngineAddress(config.engine_url, directory, layers, os.environ.get(ENGINE_KEY, ""))
+
+
+@contextlib.contextmanager
+def _reach(kind: EngineKind, config: TargetConfig, layers: tuple[int, ...]) -> Iterator[DocumentEngine]:
+    server = kind.connect(_address_of(config, layers))
     with (
         contextlib.closing(server),
         contextlib.closing(DocumentEngine(config, server, load_outer_parts(config))) as engine,

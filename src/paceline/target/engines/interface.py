@@ -85,6 +85,8 @@ class EngineKind:
     """Of its environment, where ours does not have them."""
     spreading: tuple[str, ...]
     """Options that say over how many GPUs a target is spread, with dashes; a short one with its dash in front."""
+    sharding: tuple[str, ...]
+    """Those of `spreading` that say over how many one copy of the weights is."""
     step_options: tuple[str, ...]
     """Options that say how many tokens are computed at once: longer prompts are cut there."""
     replica_options: tuple[str, ...]

@@ -27,6 +27,11 @@ def step_tokens(kind: EngineKind, config: TargetConfig, on_gpu: bool) -> int:
     return replicas * max([own, *_numbers(config, kind.step_options)])
 
 
+def num_shards(kind: EngineKind, config: TargetConfig) -> int:
+    """Over how many GPUs one copy of the weights is spread, as far as `target.engine_args` say."""
+    return _product(config, kind.sharding)
+
+
 def is_known(kind: EngineKind, config: TargetConfig) -> bool:
     """Whether nobody else has started the engine with other options."""
     return config.engine_url is None or bool(_numbers(config, kind.step_options))

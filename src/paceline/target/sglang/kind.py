@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from paceline.target.engines.interface import EngineKind
 from paceline.target.sglang.requests import SGLangRequests
-from paceline.target.sglang.server import REPLICAS, SPREADING, own_words, sglang_command
+from paceline.target.sglang.server import REPLICAS, SHARDING, SPREADING, own_words, sglang_command
 
 SGLANG = EngineKind(
     title="SGLang",
@@ -14,6 +14,7 @@ SGLANG = EngineKind(
     # It is given a directory. Its first request may compile kernels for minutes: ours to say for how many.
     variables={"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "SGLANG_WARMUP_TIMEOUT": "86400"},
     spreading=SPREADING,
+    sharding=SHARDING,
     step_options=("chunked-prefill-size", "max-prefill-tokens"),
     replica_options=REPLICAS,
     command=sglang_command,

@@ -41,9 +41,9 @@ _OWN_FLAGS = (
 )
 _NEGATION = None
 """Its options of yes and no say yes; no is said by leaving them out."""
-_TENSOR_PARALLEL = ("tp", "tp-size", "tensor-parallel-size")
+SHARDING = ("tp", "tp-size", "tensor-parallel-size")
 REPLICAS = ("dp", "dp-size", "data-parallel-size")
-SPREADING = (*_TENSOR_PARALLEL, *REPLICAS)
+SPREADING = (*SHARDING, *REPLICAS)
 """Options that say over how many GPUs a target is spread."""
 _BODIES = ("model", "language_model", "language_model.model", "model.language_model", "llm.model")
 """Where architectures keep their decoder layers."""
@@ -112,7 +112,7 @@ def _flags_of_target(config: TargetConfig, checkpoint: Path) -> list[str]:
         "log-level-http": "warning",  # otherwise a line a document, in memory
         "served-model-name": config.model.replace(":", "-"),  # it takes no colon, which a path may have
     }
-    spread = given.intersection(_TENSOR_PARALLEL)
+    spread = given.intersection(SHARDING)
     if config.tensor_parallel > 1 and not spread:
         flags["tp-size"] = config.tensor_parallel
     if config.tensor_parallel > 1 or spread:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from paceline.target.engines.interface import EngineKind
 from paceline.target.vllm.requests import VLLMRequests
-from paceline.target.vllm.server import KEY, SPREADING, own_words, vllm_command
+from paceline.target.vllm.server import KEY, SHARDING, SPREADING, own_words, vllm_command
 
 VLLM = EngineKind(
     title="vLLM",
@@ -18,6 +18,7 @@ VLLM = EngineKind(
         "VLLM_HOST_IP": "127.0.0.1",  # where its own processes meet
     },
     spreading=SPREADING,
+    sharding=SHARDING,
     step_options=("max-num-batched-tokens",),
     replica_options=("data-parallel-size", "-dp"),
     command=vllm_command,

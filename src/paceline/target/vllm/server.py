@@ -33,9 +33,10 @@ _FIRST = (0, 24)
 documents got states that were not theirs (read in vLLM's example_hidden_states_connector.py)."""
 _FIRST_KNOWN = (0, 2)
 """Builds of vLLM's sources may call themselves 0.1.dev1, 0.0.0 or dev."""
+SHARDING = ("tensor-parallel-size", "-tp", "pipeline-parallel-size", "-pp")
 SPREADING = (
-    *("tensor-parallel-size", "-tp", "pipeline-parallel-size", "-pp", "data-parallel-size", "-dp"),
-    *("data-parallel-size-local", "-dpl", "prefill-context-parallel-size", "-pcp"),
+    *SHARDING,
+    *("data-parallel-size", "-dp", "data-parallel-size-local", "-dpl", "prefill-context-parallel-size", "-pcp"),
 )
 """Options that say over how many GPUs a target is spread."""
 
