@@ -10,6 +10,7 @@ import pytest
 
 from engine.test_vllm_engine import ARGS, PYTHON, target_config
 from paceline.config.target import TargetConfig
+from paceline.errors import TargetError
 from paceline.launch.selftest import prepare_selftest
 from paceline.target.opening import ServedEngine, open_engine
 from paceline.target.selftest.tolerance import choose_tolerance
@@ -63,7 +64,7 @@ def test_the_self_test_compares_with_the_original_within_the_format(
 
 
 def test_an_fp8_checkpoint_is_compared_with_what_its_weights_mean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """In blocks of 128 x 128, as Qwen3-8B-FP8 comes; vLLM's build for CPUs rounds no activations."""
+    """In blocks of 128 x 128, as Qwen3-8B-FP8 comes; vLLM's build for CPUs rounds no activations, and wants AMX."""
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     shapes = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 2}
     plain = save_tiny_target(tmp_path / "plain", **shapes, head_dim=64, dtype="bfloat16")
@@ -71,6 +72,11 @@ def test_an_fp8_checkpoint_is_compared_with_what_its_weights_mean(tmp_path: Path
     config = target_config(tmp_path / "fp8", dtype="bfloat16")
     test = prepare_selftest(config)
     assert (test.tolerance.name, test.reference.dtype) == ("fp8 weights", "float32")
+    if "amx_tile" not in Path("/proc/cpuinfo").read_text():
+        no_kernel = r"vLLM .* ended .*before it was ready(.|\n)*Failed to find a kernel that can implement the ScaledMM"
+        with pytest.raises(TargetError, match=no_kernel), open_engine(config):
+            pytest.fail("it cannot run here")
+        return
     with open_engine(config) as engine:
         result = test.run(config, engine)
         exact = replace(test, tolerance=choose_tolerance("bfloat16")).run(config, engine)

@@ -278,10 +278,13 @@ def test_what_a_server_writes_after_its_client_has_ended_goes_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("paceline.target.engines.own_files._SWEEP_EVERY_S", 0.0)
+    OwnFiles(tmp_path).close()
+    assert not list(tmp_path.iterdir()), "it asked for nothing, so nothing will come"
     ended = OwnFiles(tmp_path)
+    name_of_ended = ended.new_name()
     ended.close()
     with contextlib.closing(OwnFiles(tmp_path)) as other:
-        late = tmp_path / f"cmpl-{ended.new_name()}-0-1234abcd.safetensors"
+        late = tmp_path / f"cmpl-{name_of_ended}-0-1234abcd.safetensors"
         late.touch()
         name = other.new_name()
         own = tmp_path / f"cmpl-{name}-0-1234abcd.safetensors"

@@ -84,9 +84,13 @@ class OwnFiles:
         """Remove all that is ours; what the server writes later is left to other clients. Safe to call twice."""
         with self._lock:
             fd, self._owner_fd = self._owner_fd, -1
+            unused = next(self._numbers) == 0
         if fd >= 0:
-            os.close(fd)
             with contextlib.suppress(OSError):  # the directory may be gone
+                if unused:  # nothing will come
+                    (self._directory / f"{self._prefix}.owner").unlink(missing_ok=True)
+            os.close(fd)
+            with contextlib.suppress(OSError):
                 _remove_of_the_dead(self._directory)
 
     def _own(self) -> int:
