@@ -17,10 +17,10 @@ from paceline.target.server.settings import ServerSettings
 def test_a_server_computes_with_as_many_threads_as_it_is_told(tmp_path: Path) -> None:
     before = torch.get_num_threads()
     signals: Any = SimpleNamespace(grace_s=0.0, stop=threading.Event())
-    config = TargetConfig(model=str(tmp_path / "no such model"), device="cpu", num_threads=before + 2)
+    config = TargetConfig(model=str(tmp_path), device="cpu", num_threads=before + 2)
     seen: list[int] = []
     try:
-        with pytest.raises(PacelineError, match="no such model"):
+        with pytest.raises(PacelineError, match="config.json"):
             serve_target(config, ServerSettings(), ServeOptions(), signals, print)
         thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
         thread.start()
