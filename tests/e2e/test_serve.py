@@ -117,13 +117,14 @@ def test_what_cannot_work_is_said_before_anything_is_loaded(tmp_path: Path, monk
         (("--engine", "vllm", f"target.engine_python={sys.executable}"), "has no package vllm"),
         (("--engine", "sglang", "--capture-layers", "9"), r"capture_layers has \[9\]"),
         (("--engine", "vllm", "--engine-url", "http://127.0.0.1:1", "target.engine_directory=/no"), "is no directory"),
+        (("--engine", "vllm", "--engine-url", "http://127.0.0.1:1", "target.engine_directory=/tmp"), "127.0.0.1:1"),
     ],
 )
 def test_settings_that_cannot_work_are_named_before_the_self_test_computes_anything(
     words: tuple[str, ...], problem: str, tiny_target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("paceline.launch.serve.prepare_selftest", lambda *_: pytest.fail("it computes"))
-    with pytest.raises(ConfigError, match=problem):
+    with pytest.raises((ConfigError, TransportError), match=problem):
         run_in_process("serve", tiny_target, "--device", "cpu", *words)
 
 

@@ -12,7 +12,6 @@ import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,7 +27,7 @@ from paceline.schema.features import Features, FeatureSpec
 from paceline.schema.rows import RowRequest
 from paceline.target.hf.fingerprint import fingerprint_weights
 from paceline.target.hf.stored_tensors import read_tensor_table
-from paceline.target.selftest.reference import cache_path
+from paceline.target.selftest.reference import Reference, cache_path
 from paceline.target.selftest.run import run_selftest
 from paceline.target.selftest.texts import build_texts
 from rows import tiny_info
@@ -105,13 +104,26 @@ def test_a_reference_of_an_earlier_time_needs_no_room(
 
 
 def test_where_nothing_better_can_be_computed_one_of_an_earlier_time_is_taken_and_said_so(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     best, least = tmp_path / "best.safetensors", tmp_path / "least.safetensors"
-    kept = SimpleNamespace(dtype="bfloat16")
-    monkeypatch.setattr("paceline.launch.reference._known", lambda path, *_: kept if path == least else None)
+    state = torch.ones(2, 4, dtype=torch.bfloat16)
+    kept = Reference(
+        layers=torch.ones(2, 1, 4, dtype=torch.bfloat16),
+        final_hidden=state,
+        before_norm=None,
+        top_ids=torch.zeros(2, 1, dtype=torch.int64),
+        top_logits=torch.zeros(2, 1),
+        logit_spread=torch.ones(2),
+        rounding=None,
+        model="m",
+        fingerprint="w",
+        text_hash=TEXTS.text_hash(),
+        dtype="bfloat16",
+    )
+    kept.save(least)
     settings = {"dtype": "float32", "device": "cpu", "spread": {}, "quantised": False, "model": str(tmp_path / "none")}
-    assert find_reference([best, least], TEXTS, "w", lambda: (best, settings), 60) is kept
+    assert find_reference([best, least], TEXTS, "w", lambda: (best, settings), 60).final_hidden.equal(state)
     assert (
         "takes what transformers said in bfloat16 at an earlier time: the self-test's reference cannot" in caplog.text
     )
@@ -192,6 +204,7 @@ def test_gpus_that_do_not_say_what_is_free_are_passed_over(caplog: pytest.LogCap
     """This machine has none, or not so many."""
     gpus = range(torch.cuda.device_count(), torch.cuda.device_count() + 2)
     assert free_on_gpus(gpus) == dict.fromkeys(gpus, 0)
+    assert not caplog.text, "each said that it is not there"
 
 
 def test_packed_weights_stay_on_the_engines_gpus_whatever_there_is_room_for(

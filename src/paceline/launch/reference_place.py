@@ -33,7 +33,7 @@ import sys, torch
 for gpu in sys.argv[1:]:
     try:
         print(torch.cuda.mem_get_info(int(gpu))[0])
-    except RuntimeError:
+    except (AssertionError, RuntimeError):
         print(0)
 """
 _ASK_S = 120.0
