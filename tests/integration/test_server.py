@@ -255,6 +255,42 @@ def test_a_full_queue_answers_busy_and_each_session_has_its_own(engine: SmallEng
             check_row(one.answer(), asked(position))
 
 
+def test_an_engine_of_many_rows_at_once_is_given_small_ones_beyond_the_number(engine: SmallEngine) -> None:
+    """Of rows of 10 tokens four where two would be allowed, then one in the place of each that has left."""
+    engine.hold(*range(6))
+    with serving(engine, max_unsent_rows=2, max_unsent_tokens=40) as server:
+        session = Talk(server.url).session()
+        waiting = [Talk(server.url) for _ in range(6)]
+        for position, one in enumerate(waiting):
+            one.send_row(session, asked(position, num_tokens=10))
+        wait_until(lambda: server.sessions.num_waiting() == 2, "other rows than the last two wait")
+        wait_until(lambda: len(engine.submitted) == 4, "the engine has not four rows")
+        (first, *_) = [position for _, position in engine.submitted]
+        engine.let_go(first)
+        check_row(waiting[first].answer(), asked(first, num_tokens=10))
+        wait_until(lambda: len(engine.submitted) == 5, "no row takes the place of the one that left")
+        assert server.sessions.num_waiting() == 1
+        engine.let_go(*set(range(6)) - {first})
+        for position in set(range(6)) - {first}:
+            check_row(waiting[position].answer(), asked(position, num_tokens=10))
+
+
+@pytest.mark.parametrize(("num_tokens", "num_with_engine"), [(100, 2), (4, 4)])
+def test_rows_beyond_the_number_are_bounded(num_tokens: int, num_with_engine: int, engine: SmallEngine) -> None:
+    """By their tokens, and however few these are, by the rows that may wait."""
+    engine.hold(*range(6))
+    with serving(engine, max_unsent_rows=2, max_unsent_tokens=200, max_queued_rows=4) as server:
+        session = Talk(server.url).session()
+        waiting = [Talk(server.url) for _ in range(6)]
+        for position, one in enumerate(waiting):
+            one.send_row(session, asked(position, num_tokens=num_tokens))
+        wait_until(lambda: server.sessions.num_waiting() == 6 - num_with_engine, "other rows wait")
+        wait_until(lambda: len(engine.submitted) == num_with_engine, "the engine has others")
+        engine.let_go(*range(6))
+        for position, one in enumerate(waiting):
+            check_row(one.answer(), asked(position, num_tokens=num_tokens))
+
+
 def test_too_many_sessions_are_told_to_come_later(engine: SmallEngine) -> None:
     with serving(engine, max_sessions=2) as server:
         talk = Talk(server.url)

@@ -138,6 +138,7 @@ def serve(
         advertise=advertise,
         max_row_tokens=max_row_tokens,
         max_unsent_rows=3 * rows_per_forward + 1,
+        max_unsent_tokens=0 if config.engine == "hf" else 2 * config.engine_tokens,  # there, and on their way out
         max_unsent_bytes=max_unsent_bytes,
     )
     from paceline.launch.serve import ServeOptions, serve_target

@@ -97,7 +97,7 @@ def serve_target(
         engine = stack.enter_context(open_engine(config, signals.stop))
         _prove(config, engine, test, signals.stop)
         signals.grace_s = _GRACE_S
-        admission = Admission(_merging(engine, options), settings.max_unsent_rows, settings.max_sessions)
+        admission = Admission(_merging(engine, options), settings.most_unsent_rows, settings.max_sessions)
         stack.callback(admission.close)
         server = TargetServer(_served(config, options, settings, engine, admission), settings)
         stack.callback(server.stop)

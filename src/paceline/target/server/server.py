@@ -84,7 +84,7 @@ class TargetServer:
                 features = captured.result()
                 metrics.row_computed(features.num_tokens, features.queued_s, features.computed_s)
 
-        max_queued_rows = settings.max_unsent_rows * settings.max_sessions
+        max_queued_rows = settings.most_unsent_rows * settings.max_sessions
         groups = RowGroups(target.admission, settings.kept, max_queued_rows, on_captured)
         engine = EngineSide(target.admission, groups, target.device, settings, on_captured, self.health.row_failed)
         self.sessions = Sessions(self.server_id, target.host, target.senders, engine, metrics.seconds_per_row)

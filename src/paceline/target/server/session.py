@@ -144,7 +144,7 @@ class Session:
     consumes: requests of HTTP threads      waits for: the engine, on the engine's thread; the sender, on its own
     unblocked by: features, the client leaving, close()
 
-    Requests wait here as tokens. At most `max_unsent_rows` (and `max_unsent_bytes`) are with the engine or on their
+    Requests wait here as tokens. As many as the settings' `max_unsent_...` allow are with the engine or on their
     way out; a row counts until its reply has left.
     """
 
@@ -174,8 +174,7 @@ class Session:
         self._unsent: set[RowWork] = set()
         self._unsent_bytes = 0
         self._closed: BaseException | None = None
-        # No more than the unsent rows and the end can be in it.
-        self._computed: queue.Queue[RowWork | None] = queue.Queue(engine.settings.max_unsent_rows + 1)
+        self._computed: queue.SimpleQueue[RowWork | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._send_rows, name="session sender", daemon=True)
         self._thread.start()
 
@@ -233,12 +232,8 @@ class Session:
 
     def _hand_over(self) -> None:
         """Submit what may be with the engine; the lock is held."""
-        settings = self._engine.settings
-        while self._waiting and self._closed is None and len(self._unsent) < settings.max_unsent_rows:
-            work = self._waiting[0]
-            if self._unsent and self._unsent_bytes + work.num_bytes > settings.max_unsent_bytes:
-                return
-            self._waiting.popleft()
+        while self._waiting and self._closed is None and self._has_room(self._waiting[0]):
+            work = self._waiting.popleft()
             if work.is_over:
                 continue
             self._unsent.add(work)
@@ -251,6 +246,14 @@ class Session:
                 self._leave(work)
             else:
                 captured.add_done_callback(partial(self._on_captured, work))
+
+    def _has_room(self, work: RowWork) -> bool:
+        if not self._unsent:
+            return True
+        settings = self._engine.settings
+        num_tokens = sum(len(each.request.tokens) for each in (work, *self._unsent))
+        most = settings.most_unsent_rows if num_tokens <= settings.max_unsent_tokens else settings.max_unsent_rows
+        return len(self._unsent) < most and self._unsent_bytes + work.num_bytes <= settings.max_unsent_bytes
 
     def _on_captured(self, work: RowWork, captured: Future[Features]) -> None:
         """The engine, or whoever cancelled the row, is done with it."""

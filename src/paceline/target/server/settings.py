@@ -29,6 +29,9 @@ class ServerSettings:
     max_unsent_rows: int = 4
     """Rows of one session in the engine or on their way out. Two are in the engine and one is being sent, so that the
     engine works while a row travels; a client that stops reading holds no more features than these."""
+    max_unsent_tokens: int = 0
+    """Up to so many tokens there may be more of these rows than `max_unsent_rows`, as many as `max_queued_rows`: for
+    an engine that computes documents of many rows at once."""
     max_unsent_bytes: int = 8 << 30
     """The same in bytes of features; a larger row is computed alone. A p2p channel has room for as much again."""
     kept: KeptBounds = field(default_factory=KeptBounds)
@@ -41,3 +44,8 @@ class ServerSettings:
     """A client that takes nothing of a reply for so long is cut off."""
     max_connections: int = 2048
     """Open at one time; further ones are told to come later."""
+
+    @property
+    def most_unsent_rows(self) -> int:
+        """Of one session, however few tokens they have."""
+        return max(self.max_unsent_rows, self.max_queued_rows if self.max_unsent_tokens else 0)
