@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from contract.test_engine_contract import (  # noqa: F401  # collected here too, on this engine
@@ -159,6 +161,28 @@ def test_two_packed_rows_in_flight_equal_those_of_the_hf_engine(engine: Document
         check_equal(future.result(120), hf.capture(request, supervised).result(60))
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_states_go_to_their_row_or_come_in_files(
+    server: Server, hf: HFEngine, monkeypatch: pytest.MonkeyPatch, shared: bool
+):
+    """In files where the directory is on a disk."""
+    monkeypatch.setattr("paceline.target.engines.shared_rows._is_memory", lambda directory: shared)
+    seen: list[frozenset[str]] = []
+    monkeypatch.setattr(
+        "paceline.target.vllm.requests.load_file",
+        lambda path: seen.append(frozenset(stored := load_file(path))) or stored,
+    )
+    rows = [tiny_request((300, 1, 77, 20), seed=seed) for seed in range(4)]
+    with contextlib.closing(server.engine()) as engine:
+        seen.clear()  # the first document proves the checkpoint
+        for _ in range(2):
+            futures = [engine.capture(row, EVERYTHING) for row in rows]
+            for row, future in zip(rows, futures, strict=True):
+                check_equal(future.result(120), hf.capture(row, EVERYTHING).result(60))
+    assert len(seen) == 32
+    assert set(seen) == {frozenset({"placed" if shared else "hidden_states", "token_ids", "layer_ids"})}
+
+
 def test_every_spec_that_the_captured_layers_serve_is_answered(engine: DocumentEngine, hf: HFEngine):
     request = tiny_request((20, 9), seed=4)
     for spec in (FeatureSpec((2,)), FeatureSpec((), greedy=True), FeatureSpec((0, 2, 3), final_hidden="all")):
@@ -208,7 +232,7 @@ def test_nothing_is_left_in_the_directory(engine: DocumentEngine, server: Server
 def test_what_vllm_writes_for_requests_that_were_given_up_goes_when_the_next_client_starts(server: Server):
     other = server.engine()
     futures = [other.capture(tiny_request((4000,), seed=seed), EVERYTHING) for seed in range(4)]
-    assert wait_for(lambda: bool(hidden_states(server)), 30), "the premise: vLLM is at it"
+    assert wait_for(lambda: bool(hidden_states(server)), 30), f"the premise: vLLM is at it, or was: {futures}"
     other.close()
     assert any(future.exception(5) for future in futures)
 
@@ -220,8 +244,9 @@ def test_what_vllm_writes_for_requests_that_were_given_up_goes_when_the_next_cli
 
 
 def hidden_states(server: Server) -> list[str]:
-    """Files beside those that say which clients there were."""
-    return [path.name for path in server.address.directory.iterdir() if path.suffix not in (".owner", ".left")]
+    """Files beside rows that are used again, and those that say which clients there were."""
+    names = [path.name for path in server.address.directory.iterdir()]
+    return [name for name in names if not re.search(r"\.owner$|\.left$|-row\d+$", name)]
 
 
 def test_prefills_in_chunks_pass_the_self_test_with_its_long_text(engine: DocumentEngine, reference: PreTrainedModel):

@@ -25,7 +25,7 @@ from paceline.config.target import TargetConfig
 from paceline.errors import CaptureMismatchError, EngineLostError, TargetError, TransportError
 from paceline.schema.features import FeatureSpec
 from paceline.target.engines.document_engine import DocumentEngine
-from paceline.target.engines.interface import CapturedDocument, EngineAddress
+from paceline.target.engines.interface import CapturedDocument, EngineAddress, Place, RowMemory
 from paceline.target.engines.outer_parts import load_outer_parts
 from paceline.target.engines.own_files import OwnFiles
 from paceline.target.hf.engine import HFEngine
@@ -56,7 +56,10 @@ class Documents:
         self.says: int | None = None
         """What it says instead of its next token."""
 
-    def capture(self, tokens: np.ndarray) -> CapturedDocument:
+    def reserve(self, num_tokens: int, hidden_size: int, dtype: torch.dtype, pinned: bool) -> RowMemory:
+        return RowMemory("", torch.empty(num_tokens, len(self.layers), hidden_size, dtype=dtype, pin_memory=pinned))
+
+    def capture(self, tokens: np.ndarray, place: Place | None = None) -> CapturedDocument:
         if self.fails > 0:
             self.fails -= 1
             raise TransportError("no answer")

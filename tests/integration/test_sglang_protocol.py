@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from contract.test_engine_contract import (  # noqa: F401  # collected here too, on this engine
@@ -37,14 +38,15 @@ from paceline.errors import (
     TransportError,
 )
 from paceline.target.engines.document_engine import DocumentEngine
-from paceline.target.engines.interface import EngineAddress
+from paceline.target.engines.document_requests import states_of
+from paceline.target.engines.interface import EngineAddress, Place
 from paceline.target.engines.outer_parts import load_outer_parts
 from paceline.target.engines.process import EngineProcess
 from paceline.target.engines.programs import EngineProgram, find_program
 from paceline.target.engines.starting import is_ready, start_engine
 from paceline.target.opening import engine_layers, open_engine
 from paceline.target.sglang.kind import SGLANG
-from paceline.target.sglang.requests import SGLangRequests
+from paceline.target.sglang.requests import SGLangRequests, _join
 from tiny import save_tiny_target, tiny_request
 
 STAND_IN = Path(__file__).parents[1] / "stand_in_sglang"
@@ -110,8 +112,9 @@ def reference(tiny_target: Path):
 
 
 def hidden_states(server: EngineAddress) -> list[str]:
-    """Files beside those that say which clients there were."""
-    return [path.name for path in server.directory.iterdir() if path.suffix not in (".owner", ".left")]
+    """Files beside rows that are used again, and those that say which clients there were."""
+    names = [path.name for path in server.directory.iterdir()]
+    return [name for name in names if not re.search(r"\.owner$|\.left$|-row\d+$", name)]
 
 
 def test_chunks_of_a_document_are_joined_and_their_files_removed(engine: DocumentEngine, reference, server):
@@ -129,6 +132,51 @@ def test_chunks_of_a_document_are_joined_and_their_files_removed(engine: Documen
                     features.hidden[start:end, slot], expected[layer + 1][0], rtol=1e-4, atol=1e-4
                 )
     assert hidden_states(server) == []
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_states_go_to_their_row_or_come_in_files(
+    tiny_target: Path, server: EngineAddress, reference, monkeypatch: pytest.MonkeyPatch, shared: bool
+):
+    """In files where the directory is on a disk. Documents have up to four chunks."""
+    monkeypatch.setattr("paceline.target.engines.shared_rows._is_memory", lambda directory: shared)
+    seen: list[frozenset[str]] = []
+    monkeypatch.setattr(
+        "paceline.target.sglang.requests.load_file",
+        lambda path: seen.append(frozenset(stored := load_file(path))) or stored,
+    )
+    config = target_config(tiny_target)
+    rows = [tiny_request((200, 64, 1, 65), seed=seed) for seed in range(4)]
+    with contextlib.closing(DocumentEngine(config, SGLANG.connect(server), load_outer_parts(config))) as engine:
+        seen.clear()  # the first document proves the checkpoint
+        for _ in range(2):
+            futures = [engine.capture(row, EVERYTHING) for row in rows]
+            for row, future in zip(rows, futures, strict=True):
+                check_against(reference, row, future.result(60))
+    assert len(seen) == 8 * (4 + 1 + 1 + 2)
+    assert set(seen) == {frozenset({"placed" if shared else "hidden_states", "token_ids", "layer_ids"})}
+
+
+def test_chunks_of_which_one_has_no_place_are_put_together(tmp_path: Path):
+    """A row's file is not there for a moment, or for good: what it would have got comes in a file."""
+    requests = SGLangRequests.__new__(SGLangRequests)
+    requests._directory = tmp_path
+    states, ids = torch.arange(40.0).view(5, 2, 4), torch.arange(5)
+    place = Place("row1.0", torch.full((5, 2, 4), -1.0))
+    place.states[:3] = states[:3]
+    save_file({"placed": states[:0], "token_ids": ids[:3]}, tmp_path / "r.0.safetensors")
+    save_file({"hidden_states": states[3:], "token_ids": ids[3:]}, tmp_path / "r.3.safetensors")
+    parts = requests._read_parts("r", 5, place)
+    assert torch.equal(_join([part["hidden_states"] for part in parts], place), states)
+
+
+@pytest.mark.parametrize("other", [torch.zeros(0, 3, 4), torch.zeros(0, 2, 4, dtype=torch.bfloat16)])
+def test_states_of_another_shape_or_type_in_a_place_are_given_as_such(other: torch.Tensor):
+    """Whoever asked for them names both."""
+    stored = {"placed": other, "token_ids": torch.arange(5)}
+    for place in (Place("row1.0", torch.zeros(5, 2, 4)), None):
+        states = states_of(stored, place)
+        assert (states.shape, states.dtype) == ((5, *other.shape[1:]), other.dtype)
 
 
 def test_a_server_that_runs_already_is_reached_by_its_url(tiny_target: Path, server: EngineAddress, reference):
@@ -317,7 +365,7 @@ def test_states_of_fewer_tokens_than_a_file_names_are_refused(tmp_path: Path):
     requests._directory = tmp_path
     save_file({"hidden_states": torch.ones(2, 1, 4), "token_ids": torch.arange(3)}, tmp_path / "r.0.safetensors")
     with pytest.raises(CaptureMismatchError, match="2 states of 3 tokens"):
-        requests._read_parts("r", 3)
+        requests._read_parts("r", 3, None)
 
 
 def test_options_for_several_gpus_end_with_sums_and_names_have_no_colon(tmp_path: Path):

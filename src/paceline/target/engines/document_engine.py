@@ -31,7 +31,7 @@ from paceline.schema.limits import Limits
 from paceline.schema.rows import RowRequest
 from paceline.schema.target_info import TargetInfo
 from paceline.target.checks import check_request
-from paceline.target.engines.interface import CapturedDocument, DocumentServer
+from paceline.target.engines.interface import CapturedDocument, DocumentServer, Place, RowMemory
 from paceline.target.engines.next_tokens import find_other_token
 from paceline.target.engines.outer_parts import OuterParts
 from paceline.target.interface import SELFTEST
@@ -57,8 +57,8 @@ class _Row:
     """Documents whose states are not in their place yet."""
     next_tokens: list[int]
     """The engine's own, after each document; -1 where it has not answered yet."""
-    states: Tensor | None = None
-    """[T, L, H] on the host, pinned if a GPU will read it; from the first answer on."""
+    memory: RowMemory | None = None
+    """For its states, pinned if a GPU will read them; from its first document on."""
     started_s: float | None = None
     over: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -208,9 +208,10 @@ class DocumentEngine:
                 return
         start, end = row.request.documents[document : document + 2].tolist()
         try:
-            captured = self._server.capture(row.request.tokens[start:end])
+            place = self._memory_of(row).place(start, end)
+            captured = self._server.capture(row.request.tokens[start:end], place)
             row.next_tokens[document] = captured.next_token
-            self._place(row, self._checked(captured, end - start), start)
+            _put(self._checked(captured, end - start), place)
         except TransportError as error:
             self._look_after(error)
             self._end(row, error)
@@ -227,15 +228,13 @@ class DocumentEngine:
             except RuntimeError:
                 self._end(row, StoppedError("the target engine was closed before this row was packed"))
 
-    def _place(self, row: _Row, hidden: Tensor, start: int) -> None:
-        """Copy a document's states to their place in its row: here, where as many threads do so as read files."""
+    def _memory_of(self, row: _Row) -> RowMemory:
         with row.lock:
-            if row.states is None:
-                shape = (len(row.request.tokens), *hidden.shape[1:])
-                row.states = torch.empty(shape, dtype=hidden.dtype, pin_memory=self._outer.device.type == "cuda")
-            states = row.states
-        # torch's copy would bring a team of OpenMP threads for each of ours.
-        np.copyto(_bytes(states[start : start + len(hidden)]), _bytes(hidden))
+            if row.memory is None:
+                info, is_cuda = self.info(), self._outer.device.type == "cuda"
+                dtype = getattr(torch, info.dtype)
+                row.memory = self._server.reserve(len(row.request.tokens), info.hidden_size, dtype, is_cuda)
+            return row.memory
 
     def _look_after(self, error: TransportError) -> None:
         """A dead server fails each row at once: it must be known for dead before rows are asked for again in vain.
@@ -279,15 +278,15 @@ class DocumentEngine:
     @torch.no_grad()
     def _features(self, row: _Row) -> Features:
         assert row.started_s is not None
-        assert row.states is not None
+        assert row.memory is not None
         spec = row.spec
-        packed = row.states.to(self._outer.device, non_blocking=True)
-        row.states = None
+        packed = row.memory.states.to(self._outer.device, non_blocking=True)
         slots = [self._server.layers.index(layer) for layer in spec.layers]
         wanted = spec.final_hidden != "none" or spec.greedy or spec.logsumexp
         final = self._outer.norm(packed[:, -1]) if wanted else None
         tensors = self._outer.capture.complete(packed[:, slots], final, row.request, spec)
         finite = bool(tensors["finite"])
+        row.memory = None  # not before the copy to the GPU is over
         if row.request.spec != SELFTEST:
             self._check_next_tokens(row, packed)
         begin_s, self._last_end_s = max(row.started_s, self._last_end_s), time.monotonic()
@@ -346,6 +345,13 @@ class DocumentEngine:
         other = find_other_token(outer, last, [document.next_token], self._chunk_tokens)
         if other is not None:
             raise TargetError(f"{self._server.name} answers with {other}: does it run another checkpoint?")
+
+
+def _put(hidden: Tensor, place: Place) -> None:
+    """Copy states to their place, unless the engine has: here, where as many threads do so as read files."""
+    if hidden.data_ptr() != place.states.data_ptr():
+        # torch's copy would bring a team of OpenMP threads for each of ours.
+        np.copyto(_bytes(place.states), _bytes(hidden))
 
 
 def _bytes(tensor: Tensor) -> np.ndarray:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from paceline.target.engines.http_calls import EngineCalls
-from paceline.target.engines.interface import CapturedDocument, EngineAddress
+from paceline.target.engines.interface import CapturedDocument, EngineAddress, Place, RowMemory
 from paceline.target.engines.own_files import OwnFiles
+from paceline.target.engines.shared_rows import SharedRows
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.0005, 0.02
 
@@ -32,8 +35,13 @@ class DocumentRequests(ABC):
         self.max_tokens = self._ask_max_tokens()
         """Of one document."""
         self._files = OwnFiles(address.directory)
+        self._rows = SharedRows(address.directory, self._files.prefix)
 
-    def capture(self, tokens: np.ndarray) -> CapturedDocument:
+    def reserve(self, num_tokens: int, hidden_size: int, dtype: torch.dtype, pinned: bool) -> RowMemory:
+        """Memory for a row's states, which the server writes by itself; any thread, of the GPU it is pinned for."""
+        return self._rows.reserve((num_tokens, len(self.layers), hidden_size), dtype, pinned)
+
+    def capture(self, tokens: np.ndarray, place: Place | None = None) -> CapturedDocument:
         """Hidden states of one document, int32[n]; the server's files are gone afterwards.
 
         Raises:
@@ -42,9 +50,9 @@ class DocumentRequests(ABC):
             TargetError: the server refused.
         """
         self._files.sweep()
-        name = self._files.new_name()
+        name = self._files.new_name("" if place is None else place.label)
         try:
-            return self._capture(tokens.tolist(), name)
+            return self._capture(tokens.tolist(), name, place)
         finally:
             self._files.finish(name)
 
@@ -55,6 +63,7 @@ class DocumentRequests(ABC):
     def close(self) -> None:
         """End the requests that are out; their threads see a TransportError."""
         self._calls.close()
+        self._rows.close()
         self._files.close()
 
     @abstractmethod
@@ -62,8 +71,26 @@ class DocumentRequests(ABC):
         """What the server says that it takes; raises TargetError where it was not started for this."""
 
     @abstractmethod
-    def _capture(self, sent: list[int], name: str) -> CapturedDocument:
-        """One request, of which the server's files begin with `name`."""
+    def _capture(self, sent: list[int], name: str, place: Place | None) -> CapturedDocument:
+        """One request, with `name` in those of the server's files."""
+
+
+def states_of(stored: Mapping[str, Tensor], place: Place | None, first: int = 0) -> Tensor:
+    """[n, L, H]: what a file holds, or what the engine has written to the document's place instead.
+
+    Args:
+        stored: with `hidden_states`, or with `placed` [0, L, H], and `token_ids` int64[n].
+        first: of the document's tokens.
+    """
+    if "hidden_states" in stored:
+        return stored["hidden_states"]
+    like, num_tokens = stored["placed"], len(stored["token_ids"])
+    states = like[:0] if place is None else place.states[first : first + num_tokens]
+    if (states.shape, states.dtype) != ((num_tokens, *like.shape[1:]), like.dtype):
+        return like.new_empty(
+            num_tokens, *like.shape[1:]
+        )  # other states than were expected, as whoever checks will say
+    return states
 
 
 def growing_pauses() -> Iterator[None]:

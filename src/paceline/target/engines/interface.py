@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from paceline.config.target import TargetConfig
@@ -32,11 +33,36 @@ class EngineAddress:
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """Where the states of one document belong."""
+
+    label: str
+    """For the id of its request, by which the engine finds it; "" where the memory is this process's own."""
+    states: Tensor
+    """[n, L, H] on the CPU; anything until the engine has written it."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowMemory:
+    """For the states of a row; whoever reserved it may use it again when nothing refers to `states` any more."""
+
+    label: str
+    """Of a row that an engine can write into; "" where the memory is this process's own."""
+    states: Tensor
+    """[T, L, H] on the CPU."""
+
+    def place(self, start: int, end: int) -> Place:
+        """Of the row's tokens from `start` to before `end`."""
+        return Place(f"{self.label}.{start}" if self.label else "", self.states[start:end])
+
+
+@dataclass(frozen=True, slots=True)
 class CapturedDocument:
     """What an engine computed for one document."""
 
     hidden: Tensor
-    """[n, L, H] on the CPU, in the engine's dtype: outputs of decoder layers, before any final norm."""
+    """[n, L, H] on the CPU, in the engine's dtype: outputs of decoder layers, before any final norm. The states of its
+    place where they are there already."""
     layers: list[int]
     """0-based, L of them, ascending."""
     next_token: int
@@ -53,8 +79,11 @@ class DocumentServer(Protocol):
     max_tokens: int
     """Of one document."""
 
-    def capture(self, tokens: np.ndarray) -> CapturedDocument:
-        """Hidden states of one document, int32[n].
+    def reserve(self, num_tokens: int, hidden_size: int, dtype: torch.dtype, pinned: bool) -> RowMemory:
+        """Memory for a row, shared with the engine where that can be; pinned for copies to the current GPU."""
+
+    def capture(self, tokens: np.ndarray, place: Place | None = None) -> CapturedDocument:
+        """Hidden states of one document, int32[n]; written to `place` by the engine itself, if it can.
 
         Raises:
             CaptureMismatchError: other tokens or layers than were asked for.

@@ -36,7 +36,8 @@ class OwnFiles:
             TargetError: nothing can be written in `directory`.
         """
         self._directory = directory
-        self._prefix = f"{NAMES_BEGIN}{secrets.token_hex(8)}"
+        self.prefix = f"{NAMES_BEGIN}{secrets.token_hex(8)}"
+        """Of the names of all requests."""
         self._numbers = itertools.count()
         self._lock = threading.Lock()
         self._out: set[int] = set()
@@ -51,17 +52,17 @@ class OwnFiles:
                 f"({error.strerror}): its files are removed once they are read"
             ) from error
 
-    def new_name(self) -> str:
-        """For one request, until `finish`."""
+    def new_name(self, label: str = "") -> str:
+        """For one request, until `finish`; it ends with `label`."""
         with self._lock:
             number = next(self._numbers)
             self._out.add(number)
-        return f"{self._prefix}-{number}"
+        return f"{self.prefix}-{number}" + (f"-{label}" if label else "")
 
     def finish(self, name: str) -> None:
         """A request is over: whatever else the server has written for it, or writes yet, is to be removed."""
         with self._lock:
-            self._out.discard(int(name.rpartition("-")[2]))
+            self._out.discard(int(name.removeprefix(f"{self.prefix}-").partition("-")[0]))
 
     def sweep(self) -> None:
         """Remove what is left of requests that are over, or came too late: ours and those of dead clients.
@@ -72,7 +73,7 @@ class OwnFiles:
             if time.monotonic() - self._swept_s < _SWEEP_EVERY_S:
                 return
             self._swept_s = time.monotonic()
-        own = re.compile(re.escape(self._prefix) + r"-(\d+)-")
+        own = re.compile(re.escape(self.prefix) + r"-(\d+)-")
         found = [(path, int(match[1])) for path in self._directory.iterdir() if (match := own.search(path.name))]
         with self._lock:  # after the look: what has come since may be of requests that are younger than it
             over = [path for path, number in found if number not in self._out]
@@ -88,14 +89,14 @@ class OwnFiles:
         if fd >= 0:
             with contextlib.suppress(OSError):  # the directory may be gone
                 if unused:  # nothing will come
-                    (self._directory / f"{self._prefix}.owner").unlink(missing_ok=True)
+                    (self._directory / f"{self.prefix}.owner").unlink(missing_ok=True)
             os.close(fd)
             with contextlib.suppress(OSError):
                 _remove_of_the_dead(self._directory)
 
     def _own(self) -> int:
         """An open file, locked before others see it under its name."""
-        path = self._directory / f"{self._prefix}.owner"
+        path = self._directory / f"{self.prefix}.owner"
         unseen = path.with_suffix(".new")
         fd = os.open(unseen, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:

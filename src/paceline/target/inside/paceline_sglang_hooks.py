@@ -1,4 +1,4 @@
-"""What SGLang loads to write hidden states to files; runs in its scheduler, which needs nothing else of paceline.
+"""What SGLang loads to write hidden states to rows or files: runs in its scheduler, needs nothing else of paceline.
 
 `--forward-hooks` puts a hook on each captured decoder layer, and one on the module around them: it ends after them, and
 is given the batch. A hook raises nothing, which would end the engine, but where processes of one target would go on out
@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from paceline_shared_rows import SharedRows
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+_shared_rows = SharedRows()
 _NUM_WRITERS = 4
 _MAX_WAITING_BYTES = 2 << 30
 """Of states on their way into files; the model waits for the files beyond that."""
@@ -230,8 +232,9 @@ class _Capture:
         try:
             if copied is not None:
                 copied.synchronize()
-            rows = slice(part.start, part.end)
-            save_file({"hidden_states": states[rows], "token_ids": tokens[rows], "layer_ids": self._layer_ids}, partial)
+            own, ids = states[part.start : part.end], tokens[part.start : part.end]
+            stored = {"placed": own[:0]} if _shared_rows.put(path, part.first, own) else {"hidden_states": own}
+            save_file({**stored, "token_ids": ids, "layer_ids": self._layer_ids}, partial)
             partial.replace(path)
         except Exception as error:  # a full disk: a writer's errors are seen by nobody, and the request waits
             logger.exception("hidden states of %s cannot be written", part.rid)

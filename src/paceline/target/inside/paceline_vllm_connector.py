@@ -1,4 +1,4 @@
-"""What vLLM loads to write hidden states to files; runs in vLLM's process, which needs nothing else of paceline.
+"""What vLLM loads to write hidden states to rows or files: runs in its process, needs nothing else of paceline.
 
 vLLM's own connector copies through pinned memory, which a CPU build does not have, does not say which layers a file
 holds, and leaves files of requests that are not ours. Ours is built on parts that are private to vLLM, whose names and
@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import inspect
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
+from paceline_shared_rows import SharedRows
 from vllm.distributed.kv_transfer.kv_connector.v1 import example_hidden_states_connector as vllms
 from vllm.distributed.kv_transfer.kv_connector.v1.example_hidden_states_connector import ExampleHiddenStatesConnector
 
+_shared_rows = SharedRows()
+_logger = logging.getLogger("vllm.paceline")
 _CALLS = {
     "extract_from_kv_cache": ("kv_cache", "slot_mapping", "num_tokens"),
     "ExampleHiddenStatesConnectorMetadata": ("pending_saves", "new_req_filenames"),
@@ -62,11 +66,21 @@ class _CopyOver:
 
 
 class OurConnector(ExampleHiddenStatesConnector):
-    """Files with `hidden_states` [n, L, H], `token_ids` int64[n] and `layer_ids` int64[L], in vLLM's numbering."""
+    """Files with `hidden_states` [n, L, H], `token_ids` int64[n] and `layer_ids` int64[L], in vLLM's numbering.
+
+    Where a request names a place for its states, they are there, and the file has `placed` [0, L, H] instead.
+    """
 
     def _write_tensors(
         self, tensors: dict[str, torch.Tensor], event: torch.cuda.Event | _CopyOver, filename: str, lock_fd: int | None
     ) -> None:
+        try:
+            event.synchronize()
+            states = tensors["hidden_states"]
+            if _shared_rows.put(Path(filename), 0, states):
+                tensors = {"placed": states[:0], "token_ids": tensors["token_ids"]}
+        except Exception:  # whoever waits for the file must get it
+            _logger.exception("hidden states of %s cannot be written to their place", filename)
         draft = self._vllm_config.speculative_config.draft_model_config.hf_config
         layer_ids = torch.tensor(draft.eagle_aux_hidden_state_layer_ids, dtype=torch.int64)
         super()._write_tensors(tensors | {"layer_ids": layer_ids}, event, filename, lock_fd)
@@ -115,7 +129,5 @@ class OurConnector(ExampleHiddenStatesConnector):
 
 HiddenStatesConnector: type[ExampleHiddenStatesConnector] = OurConnector
 if _changed := changed_parts():
-    logging.getLogger("vllm.paceline").warning(
-        "paceline's connector does not fit this vLLM, whose own takes its place: %s", "; ".join(_changed)
-    )
+    _logger.warning("paceline's connector does not fit this vLLM, whose own takes its place: %s", "; ".join(_changed))
     HiddenStatesConnector = ExampleHiddenStatesConnector

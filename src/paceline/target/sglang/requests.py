@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from paceline.errors import CaptureMismatchError, TargetError, TransportError
-from paceline.target.engines.document_requests import DocumentRequests, growing_pauses
-from paceline.target.engines.interface import CapturedDocument, EngineAddress
+from paceline.target.engines.document_requests import DocumentRequests, growing_pauses, states_of
+from paceline.target.engines.interface import CapturedDocument, EngineAddress, Place
 from paceline.target.sglang.server import HOOK_FACTORY
 
 _CHANGE_STATES = (
@@ -55,7 +55,7 @@ class SGLangRequests(DocumentRequests):
         self._check_options(served)
         return max_tokens
 
-    def _capture(self, sent: list[int], name: str) -> CapturedDocument:
+    def _capture(self, sent: list[int], name: str, place: Place | None) -> CapturedDocument:
         rid = f"{name}-0"  # begins the names of its files
         body = {
             "input_ids": sent,
@@ -70,15 +70,14 @@ class SGLangRequests(DocumentRequests):
         answer = self._calls.call("POST", "/generate", body)
         next_token = self._next_token(answer)
         self._check_weights(answer)
-        parts = self._read_parts(rid, len(sent))
+        parts = self._read_parts(rid, len(sent), place)
         received = [token for part in parts for token in part["token_ids"].tolist()]
         if received != sent:
             raise CaptureMismatchError(
                 f"SGLang captured {len(received)} tokens {received[:8]}..., {len(sent)} were sent: {sent[:8]}..."
             )
-        hidden = [part["hidden_states"] for part in parts]
-        layers = parts[0]["layer_ids"].tolist()
-        return CapturedDocument(hidden[0] if len(hidden) == 1 else torch.cat(hidden), layers, next_token)
+        hidden = _join([part["hidden_states"] for part in parts], place)
+        return CapturedDocument(hidden, parts[0]["layer_ids"].tolist(), next_token)
 
     def _check_options(self, served: dict[str, Any]) -> None:
         hooks = served.get("forward_hooks") or []
@@ -117,13 +116,14 @@ class SGLangRequests(DocumentRequests):
                 f"{self.name} has other weights than before: version {version!r}, it was {self._weight_version!r}"
             )
 
-    def _read_parts(self, rid: str, num_tokens: int) -> list[dict[str, Tensor]]:
-        """One part a prefill chunk, in the order of tokens."""
+    def _read_parts(self, rid: str, num_tokens: int, place: Place | None) -> list[dict[str, Tensor]]:
+        """One part a prefill chunk, in the order of tokens; with its states, wherever they are."""
         deadline = time.monotonic() + _FILE_S
         parts: list[dict[str, Tensor]] = []
         first = 0
         while first < num_tokens:
             part = self._read(rid, first, deadline)
+            part["hidden_states"] = states_of(part, place, first)
             length = len(part["token_ids"])
             if len(part["hidden_states"]) != length:
                 raise CaptureMismatchError(
@@ -162,6 +162,17 @@ class SGLangRequests(DocumentRequests):
         path = self._directory / f"{rid}.error"
         if path.exists():
             raise TransportError(f"{self.name}: {path.read_text(encoding='utf-8')}")
+
+
+def _join(pieces: list[Tensor], place: Place | None) -> Tensor:
+    """[n, L, H]: nothing is copied where the engine has put all pieces in their place."""
+    if len(pieces) == 1:
+        return pieces[0]
+    if place is not None:
+        memory = place.states.untyped_storage().data_ptr()
+        if all(piece.untyped_storage().data_ptr() == memory for piece in pieces):
+            return place.states
+    return torch.cat(pieces)
 
 
 def _refused(served: dict[str, Any]) -> list[str]:

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from paceline.errors import CaptureMismatchError, TargetError, TransportError
-from paceline.target.engines.document_requests import DocumentRequests, growing_pauses
-from paceline.target.engines.interface import CapturedDocument, EngineAddress
+from paceline.target.engines.document_requests import DocumentRequests, growing_pauses, states_of
+from paceline.target.engines.interface import CapturedDocument, EngineAddress, Place
 from paceline.target.vllm.server import check_version
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class VLLMRequests(DocumentRequests):
         check_version(version, self.name)
         return max_tokens
 
-    def _capture(self, sent: list[int], name: str) -> CapturedDocument:
+    def _capture(self, sent: list[int], name: str, place: Place | None) -> CapturedDocument:
         deadline = time.monotonic() + self._calls.timeout_s
         body = {
             "request_id": name,  # becomes part of its file's name
@@ -73,7 +73,7 @@ class VLLMRequests(DocumentRequests):
             )
         (next_token,) = answer["choices"][0]["token_ids"]
         layer_ids = stored["layer_ids"].tolist() if "layer_ids" in stored else self._believe_layers()
-        return CapturedDocument(stored["hidden_states"], [layer_id - 1 for layer_id in layer_ids], next_token)
+        return CapturedDocument(states_of(stored, place), [layer_id - 1 for layer_id in layer_ids], next_token)
 
     def _believe_layers(self) -> list[int]:
         """Those that were asked for, in vLLM's numbering; its own connector does not say which a file holds."""
