@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil  # comes with accelerate
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -255,14 +256,32 @@ def running(
         results.say(f"{config.engine} ended: {', '.join(names)}")
 
 
+def cpu_seconds(pid: int) -> float:
+    """Of a process and of those that it and they have started."""
+    first = psutil.Process(pid)
+    total = 0.0
+    for process in [first, *first.children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            total += times.user + times.system
+    return total
+
+
+def own_cpu_seconds() -> float:
+    times = psutil.Process().cpu_times()
+    return float(times.user + times.system)
+
+
 def fetch_rows(
-    config: TargetConfig, address: EngineAddress, at_once: int, arguments: argparse.Namespace, results: Results
+    config: TargetConfig, engine: Started, at_once: int, arguments: argparse.Namespace, results: Results
 ) -> None:
     """Rows from `paceline serve`, attached to the capturing engine, to where a trainer would have them.
 
     Args:
         at_once: documents at the engine.
     """
+    address = engine.address
+    assert address is not None, "it captures"
     os.environ[ENGINE_KEY] = address.key
     words = [
         *("--engine", config.engine, "--engine-url", address.url, "--dtype", config.dtype),
@@ -294,10 +313,13 @@ def fetch_rows(
                 for _ in range(NUM_WARM_UP_ROWS):
                     next(stream)
                 begin, num_bytes = time.perf_counter(), stream.stats.bytes_received
+                of_engine, of_children = cpu_seconds(engine.process.pid), cpu_seconds(os.getpid()) - own_cpu_seconds()
                 for _ in range(num_rows):
                     next(stream)
                 finish(device)
                 seconds = time.perf_counter() - begin
+                of_engine = cpu_seconds(engine.process.pid) - of_engine
+                of_children = cpu_seconds(os.getpid()) - own_cpu_seconds() - of_children
                 num_bytes = stream.stats.bytes_received - num_bytes
             results.record(
                 f"{name} by {transport}",
@@ -305,6 +327,8 @@ def fetch_rows(
                 bytes_per_s=num_bytes / seconds,
                 num_rows=num_rows,
                 engine_documents=at_once,
+                engine_cpu_s_per_gb=of_engine / num_bytes * 1e9,
+                serve_cpu_s_per_gb=(of_children - of_engine) / num_bytes * 1e9,
             )
 
 
@@ -424,11 +448,10 @@ def main() -> None:
     for names in [servers] if arguments.side_by_side else [[name] for name in servers]:
         with running(names, config, program, arguments, results) as started:
             measure_servers(started, arguments, results, rates)
-            address = started[-1].address
-            if address is not None and "rows" in arguments.what:
+            if started[-1].address is not None and "rows" in arguments.what:
                 try:
                     for at_once in arguments.engine_documents:
-                        fetch_rows(config, address, at_once, arguments, results)
+                        fetch_rows(config, started[-1], at_once, arguments, results)
                 except (SystemExit, PacelineError) as error:  # the hf engine's figure is wanted all the same
                     results.record("rows failed", error=str(error))
     if "hf" in arguments.what:

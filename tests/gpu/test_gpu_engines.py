@@ -28,7 +28,7 @@ from paceline.launch.engines import engine_command
 from paceline.launch.selftest import prepare_selftest
 from paceline.schema.features import Features, FeatureSpec
 from paceline.schema.rows import RowRequest
-from paceline.target.engines.interface import EngineAddress
+from paceline.target.engines.interface import EngineAddress, RowMemory
 from paceline.target.engines.programs import free_port
 from paceline.target.engines.starting import is_ready
 from paceline.target.hf.engine import HFEngine
@@ -146,6 +146,27 @@ def test_rows_in_flight_are_those_of_the_hf_engine(engine: ServedEngine, hf: HFE
     futures = [engine.capture(row, SPEC) for row in rows]
     for row, future in zip(rows, futures, strict=True):
         check_near(future.result(120), hf.capture(row, SPEC).result(60))
+
+
+def test_engines_write_into_rows_that_this_gpu_reads(
+    config: TargetConfig, engine: ServedEngine, hf: HFEngine, monkeypatch: pytest.MonkeyPatch
+):
+    """Nothing is in files but that it is done, and rows' memory is pinned."""
+    seen: list[frozenset[str]] = []
+    monkeypatch.setattr(
+        f"paceline.target.{config.engine}.requests.load_file",
+        lambda path: seen.append(frozenset(stored := load_file(path))) or stored,
+    )
+    memories: list[RowMemory] = []
+    reserve = engine._server.reserve
+    monkeypatch.setattr(engine._server, "reserve", lambda *of: memories.append(reserve(*of)) or memories[-1])
+    rows = [tiny_request((300, 1, 777), seed=seed) for seed in range(4)]
+    futures = [engine.capture(row, SPEC) for row in rows]
+    for row, future in zip(rows, futures, strict=True):
+        check_near(future.result(120), hf.capture(row, SPEC).result(60))
+    assert set(seen) == {frozenset({"placed", "token_ids", "layer_ids"})}
+    assert len({memory.label for memory in memories} - {""}) == 4
+    assert all(memory.states.is_pinned() for memory in memories)
 
 
 def test_documents_in_chunks_are_right_to_their_last_token(engine: ServedEngine, hf: HFEngine):
