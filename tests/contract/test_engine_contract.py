@@ -183,7 +183,8 @@ def test_close_ends_what_waits_and_is_safe_twice(name: str, tiny_target: Path):
 
 
 def test_a_cancelled_row_is_skipped(engine: Engine):
-    futures = [engine.capture(tiny_request((200,) * 4, seed=seed), EVERYTHING) for seed in range(20)]
+    requests = [tiny_request((200,) * 4, seed=seed) for seed in range(30)]
+    futures = [engine.capture(request, EVERYTHING) for request in requests]
     cancelled = futures[-1].cancel()
     assert all(future.result(60).finite for future in futures[:-1])
     assert cancelled

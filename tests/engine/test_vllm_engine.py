@@ -231,7 +231,7 @@ def test_nothing_is_left_in_the_directory(engine: DocumentEngine, server: Server
 
 def test_what_vllm_writes_for_requests_that_were_given_up_goes_when_the_next_client_starts(server: Server):
     other = server.engine()
-    futures = [other.capture(tiny_request((4000,), seed=seed), EVERYTHING) for seed in range(4)]
+    futures = [other.capture(tiny_request((4000,), seed=seed), EVERYTHING) for seed in range(16)]
     assert wait_for(lambda: bool(hidden_states(server)), 30), f"the premise: vLLM is at it, or was: {futures}"
     other.close()
     assert any(future.exception(5) for future in futures)

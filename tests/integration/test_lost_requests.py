@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -175,6 +177,31 @@ def test_states_that_nobody_asked_for_need_not_be_finite(
     features = engine.capture(row, spec).result(30)
     assert features.finite
     assert features.hidden.isfinite().all()
+
+
+def test_a_row_that_failed_holds_no_memory_however_long_its_error_is_kept(
+    engine: DocumentEngine, documents: Documents, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In both ways to fail: on the way, and when its states are looked at."""
+    kept: list[Exception | None] = []
+    leases: list[weakref.ref[torch.Tensor]] = []
+    reserve = documents.reserve
+
+    def remembering(*of: object) -> RowMemory:
+        memory = reserve(*of)
+        leases.append(weakref.ref(memory.states))
+        return memory
+
+    monkeypatch.setattr(documents, "reserve", remembering)
+    gc.disable()
+    try:
+        for fails, says in ((1, None), (0, 1_000_000)):
+            documents.fails, documents.says = fails, says
+            kept.append(engine.capture(tiny_request((5, 7)), SPEC).exception(30))
+        assert [type(error) for error in kept] == [TransportError, TransportError]
+        assert wait_for(lambda: [lease() for lease in leases] == [None, None], 10)
+    finally:
+        gc.enable()
 
 
 def test_fewer_states_than_tokens_are_refused(engine: DocumentEngine, documents: Documents) -> None:

@@ -162,7 +162,7 @@ def test_chunks_of_which_one_has_no_place_are_put_together(tmp_path: Path):
     requests = SGLangRequests.__new__(SGLangRequests)
     requests._directory = tmp_path
     states, ids = torch.arange(40.0).view(5, 2, 4), torch.arange(5)
-    place = Place("row1.0", torch.full((5, 2, 4), -1.0))
+    place = Place("row1.0.5", torch.full((5, 2, 4), -1.0))
     place.states[:3] = states[:3]
     save_file({"placed": states[:0], "token_ids": ids[:3]}, tmp_path / "r.0.safetensors")
     save_file({"hidden_states": states[3:], "token_ids": ids[3:]}, tmp_path / "r.3.safetensors")
@@ -171,12 +171,15 @@ def test_chunks_of_which_one_has_no_place_are_put_together(tmp_path: Path):
 
 
 @pytest.mark.parametrize("other", [torch.zeros(0, 3, 4), torch.zeros(0, 2, 4, dtype=torch.bfloat16)])
-def test_states_of_another_shape_or_type_in_a_place_are_given_as_such(other: torch.Tensor):
-    """Whoever asked for them names both."""
+def test_states_of_another_shape_or_type_in_a_place_are_refused(other: torch.Tensor):
     stored = {"placed": other, "token_ids": torch.arange(5)}
-    for place in (Place("row1.0", torch.zeros(5, 2, 4)), None):
-        states = states_of(stored, place)
-        assert (states.shape, states.dtype) == ((5, *other.shape[1:]), other.dtype)
+    for place in (Place("row1.0.5", torch.zeros(5, 2, 4)), Place("", torch.zeros(5, *other.shape[1:])), None):
+        with pytest.raises(
+            CaptureMismatchError, match=r"the engine has written 5 states of \[\d, 4\] as .* to a place for"
+        ):
+            states_of(stored, place)
+    with pytest.raises(CaptureMismatchError, match=r"for \[2, 2, 4\]"):
+        states_of({"placed": torch.zeros(0, 2, 4), "token_ids": torch.arange(3)}, Place("r", torch.zeros(5, 2, 4)), 3)
 
 
 def test_a_server_that_runs_already_is_reached_by_its_url(tiny_target: Path, server: EngineAddress, reference):

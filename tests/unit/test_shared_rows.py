@@ -70,9 +70,9 @@ def reserve(rows: SharedRows, num_tokens: int = SHAPE[0]) -> RowMemory:
     return rows.reserve((num_tokens, *SHAPE[1:]), torch.float32, pinned=False)
 
 
-def answer(directory: Path, files: OwnFiles, memory: RowMemory, start: int) -> Path:
-    """Of a request for the document at `start`, as vLLM would name it."""
-    return directory / f"cmpl-{files.new_name(memory.place(start, start).label)}-0-1234abcd.safetensors"
+def answer(directory: Path, files: OwnFiles, memory: RowMemory, start: int, end: int = SHAPE[0]) -> Path:
+    """Of a request for the document from `start` to `end`, as vLLM would name it."""
+    return directory / f"cmpl-{files.new_name(memory.place(start, end).label)}-0-1234abcd.safetensors"
 
 
 def numbers(num_tokens: int, first: float = 0.0) -> torch.Tensor:
@@ -112,7 +112,11 @@ def test_a_request_that_names_no_place_of_ours_is_for_a_file(directory, files, r
         path.name.replace(files.prefix, "another"),
     ):
         assert not engine.put(directory / name, 0, numbers(3)), name
-    assert not engine.put(path, 8, numbers(2000)), "more than the row has"
+    assert not engine.put(path, 0, numbers(11)), "more than the row has"
+    assert not engine.put(answer(directory, files, memory, 2, 5), 0, numbers(4)), "the next document's"
+    assert not engine.put(answer(directory, files, memory, 2, 5), 2, numbers(2)), "the next document's"
+    assert not engine.put(answer(directory, files, memory, 2, 5), 0, numbers(0)), "nothing"
+    assert not engine.put(answer(directory, files, memory, 4000, 4005), 0, numbers(5)), "beyond its file"
     (directory / f"{files.prefix}-row99").symlink_to(directory / f"{files.prefix}-{label}")
     assert not engine.put(path.with_name(path.name.replace(label, "row99")), 0, numbers(3)), "a link"
     assert memory.states.eq(-1).all()
@@ -213,6 +217,13 @@ def test_half_of_what_is_free_is_left_to_others(directory, rows, monkeypatch, ca
     assert own.states.shape == (2000, 2, 4)
     reserve(rows, 2000)
     assert caplog.text.count("has no room for rows") == 1
+    assert row_files(directory) == [f"{rows._prefix}-{shared.label}"]
+    address = shared.states.data_ptr()
+    del shared
+    gc.collect()
+    assert reserve(rows, 1000).states.data_ptr() == address, "what is there is used all the same"
+    free = 1_000_000
+    assert reserve(rows, 2000).label, "there is room again"
 
 
 def test_rows_are_shared_in_memory_alone(directory):
@@ -228,6 +239,25 @@ def test_a_file_that_somebody_has_removed_is_replaced(directory, files, rows, en
     memory = reserve(rows)
     assert engine.put(answer(directory, files, memory, 0), 0, numbers(3))
     assert torch.equal(memory.states[:3], numbers(3))
+
+
+def test_an_engine_that_cannot_map_a_row_writes_a_file_and_keeps_nothing_open(
+    directory, files, rows, engine, inside, monkeypatch, caplog
+):
+    memory = reserve(rows)
+    path = answer(directory, files, memory, 0)
+    num_open = len(list(Path("/proc/self/fd").iterdir()))
+    for error in (OSError(12, "Cannot allocate memory"), ValueError("a bug")):
+
+        def fail(*_: object, error: Exception = error) -> None:
+            raise error
+
+        with monkeypatch.context() as patch:
+            patch.setattr(inside.mmap, "mmap", fail)
+            assert not engine.put(path, 0, numbers(3))
+    assert "a bug" in caplog.text
+    assert len(list(Path("/proc/self/fd").iterdir())) == num_open
+    assert engine.put(path, 0, numbers(3))
 
 
 def test_a_client_that_ends_leaves_nothing_here_and_in_the_engine(directory, inside, engine):

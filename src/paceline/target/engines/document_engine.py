@@ -6,6 +6,7 @@ import logging
 import math
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -206,12 +207,8 @@ class DocumentEngine:
             if row.over:
                 self._forget(row)
                 return
-        start, end = row.request.documents[document : document + 2].tolist()
         try:
-            place = self._memory_of(row).place(start, end)
-            captured = self._server.capture(row.request.tokens[start:end], place)
-            row.next_tokens[document] = captured.next_token
-            _put(self._checked(captured, end - start), place)
+            self._fetch(row, document, *row.request.documents[document : document + 2].tolist())
         except TransportError as error:
             self._look_after(error)
             self._end(row, error)
@@ -228,8 +225,16 @@ class DocumentEngine:
             except RuntimeError:
                 self._end(row, StoppedError("the target engine was closed before this row was packed"))
 
+    def _fetch(self, row: _Row, document: int, start: int, end: int) -> None:
+        place = self._memory_of(row).place(start, end)
+        captured = self._server.capture(row.request.tokens[start:end], place)
+        row.next_tokens[document] = captured.next_token
+        _put(self._checked(captured, end - start), place)
+
     def _memory_of(self, row: _Row) -> RowMemory:
         with row.lock:
+            if row.over:
+                raise StoppedError("the row is over")
             if row.memory is None:
                 info, is_cuda = self.info(), self._outer.device.type == "cuda"
                 dtype = getattr(torch, info.dtype)
@@ -278,15 +283,13 @@ class DocumentEngine:
     @torch.no_grad()
     def _features(self, row: _Row) -> Features:
         assert row.started_s is not None
-        assert row.memory is not None
-        spec = row.spec
-        packed = row.memory.states.to(self._outer.device, non_blocking=True)
+        spec, memory = row.spec, self._memory_of(row)  # here until the copy to the GPU is over
+        packed = memory.states.to(self._outer.device, non_blocking=True)
         slots = [self._server.layers.index(layer) for layer in spec.layers]
         wanted = spec.final_hidden != "none" or spec.greedy or spec.logsumexp
         final = self._outer.norm(packed[:, -1]) if wanted else None
         tensors = self._outer.capture.complete(packed[:, slots], final, row.request, spec)
         finite = bool(tensors["finite"])
-        row.memory = None  # not before the copy to the GPU is over
         if row.request.spec != SELFTEST:
             self._check_next_tokens(row, packed)
         begin_s, self._last_end_s = max(row.started_s, self._last_end_s), time.monotonic()
@@ -321,7 +324,7 @@ class DocumentEngine:
         with row.lock:
             if row.over:
                 return
-            row.over = True
+            row.over, row.memory = True, None
             alive = row.started_s is not None or row.future.set_running_or_notify_cancel()
         self._forget(row)
         if not alive:
@@ -329,6 +332,7 @@ class DocumentEngine:
         if isinstance(outcome, Features):
             row.future.set_result(outcome)
         else:
+            _clear_frames(outcome)
             row.future.set_exception(outcome)
 
     def _forget(self, row: _Row) -> None:
@@ -345,6 +349,13 @@ class DocumentEngine:
         other = find_other_token(outer, last, [document.next_token], self._chunk_tokens)
         if other is not None:
             raise TargetError(f"{self._server.name} answers with {other}: does it run another checkpoint?")
+
+
+def _clear_frames(error: BaseException | None) -> None:
+    """An error that somebody keeps would keep what its frames have seen: memory of rows, here and on a GPU."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _put(hidden: Tensor, place: Place) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from paceline.errors import CaptureMismatchError
 from paceline.target.engines.http_calls import EngineCalls
 from paceline.target.engines.interface import CapturedDocument, EngineAddress, Place, RowMemory
 from paceline.target.engines.own_files import OwnFiles
@@ -81,16 +82,20 @@ def states_of(stored: Mapping[str, Tensor], place: Place | None, first: int = 0)
     Args:
         stored: with `hidden_states`, or with `placed` [0, L, H], and `token_ids` int64[n].
         first: of the document's tokens.
+
+    Raises:
+        CaptureMismatchError: the engine has written other states there than belong there.
     """
     if "hidden_states" in stored:
         return stored["hidden_states"]
     like, num_tokens = stored["placed"], len(stored["token_ids"])
-    states = like[:0] if place is None else place.states[first : first + num_tokens]
-    if (states.shape, states.dtype) != ((num_tokens, *like.shape[1:]), like.dtype):
-        return like.new_empty(
-            num_tokens, *like.shape[1:]
-        )  # other states than were expected, as whoever checks will say
-    return states
+    there = like[:0] if place is None or not place.label else place.states[first : first + num_tokens]
+    if (there.shape, there.dtype) != ((num_tokens, *like.shape[1:]), like.dtype):
+        raise CaptureMismatchError(
+            f"the engine has written {num_tokens} states of {list(like.shape[1:])} as {like.dtype} to a place for "
+            f"{list(there.shape)} as {there.dtype}: start it for the same layers, with the data type of target.dtype"
+        )
+    return there
 
 
 def growing_pauses() -> Iterator[None]:

@@ -53,7 +53,7 @@ class RowMemory:
 
     def place(self, start: int, end: int) -> Place:
         """Of the row's tokens from `start` to before `end`."""
-        return Place(f"{self.label}.{start}" if self.label else "", self.states[start:end])
+        return Place(f"{self.label}.{start}.{end - start}" if self.label else "", self.states[start:end])
 
 
 @dataclass(frozen=True, slots=True)

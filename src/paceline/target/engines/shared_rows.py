@@ -24,6 +24,8 @@ from paceline.target.engines.interface import RowMemory
 logger = logging.getLogger(__name__)
 
 _SMALLEST_BLOCK = 4096
+_FOR_ALL_GPUS = 1
+"""cudaHostRegisterPortable"""
 
 
 @dataclass(slots=True, eq=False)
@@ -37,13 +39,18 @@ class _Block:
 
     def drop(self) -> None:
         """Nothing refers to its memory."""
+        self.unpin()
+        self.remove()
+
+    def unpin(self) -> None:
+        """Before the memory may go: a GPU would read from its address whatever was there."""
         if self.is_pinned:
             torch.cuda.cudart().cudaHostUnregister(self.memory.ctypes.data)
-        self.remove()
 
     def remove(self) -> None:
         """Its name; the memory stays as long as somebody has it."""
-        self.path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # gone, or not ours any more
+            self.path.unlink()
         os.close(self.fd)
 
 
@@ -63,6 +70,7 @@ class SharedRows:
         self._returned: deque[_Block] = deque()
         """Filled without the lock: the garbage collector may do so at any moment, on any thread."""
         self._can_share = _is_memory(directory)
+        self._has_warned = self._closed = False
 
     def reserve(self, shape: tuple[int, ...], dtype: torch.dtype, pinned: bool) -> RowMemory:
         """Memory for a row's states; the process's own where none can be shared. What stands in it is anything.
@@ -76,22 +84,32 @@ class SharedRows:
             return RowMemory("", torch.empty(shape, dtype=dtype, pin_memory=pinned))
         lease = block.memory[:num_bytes]
         # The tensor's storage keeps `lease` alive, and so does every view of it.
-        weakref.finalize(lease, self._returned.append, block).atexit = False
+        weakref.finalize(lease, self._give_back, block).atexit = False
         label = block.path.name.removeprefix(f"{self._prefix}-")
         return RowMemory(label, torch.from_numpy(lease).view(dtype).view(shape))
 
     def close(self) -> None:
         """Remove the files; rows that are out keep their memory. Safe to call twice."""
         with self._lock:
-            self._can_share = False
-            self._collect()
-            free, self._free = self._free, []
-            lent = self._blocks - set(free)
+            self._can_share, self._closed = False, True
+            for block in self._blocks:
+                block.remove()
             self._blocks.clear()
-        for block in free:
-            block.drop()
-        for block in lent:
-            block.remove()
+            for block in self._free:
+                block.unpin()
+            self._free.clear()
+        self._unpin_returned()
+
+    def _give_back(self, block: _Block) -> None:
+        """On any thread, by the garbage collector too: no lock is taken."""
+        self._returned.append(block)
+        if self._closed:
+            self._unpin_returned()
+
+    def _unpin_returned(self) -> None:
+        with contextlib.suppress(IndexError):
+            while True:
+                self._returned.popleft().unpin()
 
     def _take(self, num_bytes: int, pinned: bool) -> _Block | None:
         with self._lock:
@@ -111,9 +129,7 @@ class SharedRows:
 
     def _collect(self) -> None:
         while self._returned:
-            block = self._returned.popleft()
-            if block in self._blocks:
-                self._free.append(block)
+            self._free.append(self._returned.popleft())
 
     def _forget(self, block: _Block) -> None:
         self._free.remove(block)
@@ -127,17 +143,18 @@ class SharedRows:
         """Make it another row's; not while somebody writes into it."""
         try:
             fcntl.flock(block.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except OSError:
             return False
         try:
             block.path = block.path.rename(self._next_path())
-        except FileNotFoundError:  # somebody has removed it, and with it the engine's way into it
+        except OSError:  # somebody has removed it, and with it the engine's way into it
+            is_there = False
+        else:
+            is_there = True
+        fcntl.flock(block.fd, fcntl.LOCK_UN)
+        if not is_there:
             self._forget(block)
-            return False
-        finally:
-            with contextlib.suppress(OSError):  # of a file that was closed
-                fcntl.flock(block.fd, fcntl.LOCK_UN)
-        return True
+        return is_there
 
     def _make(self, num_bytes: int, pinned: bool) -> _Block | None:
         """A new file, of memory that is there: to write into what is not would end the engine. None for no room."""
@@ -156,17 +173,19 @@ class SharedRows:
                 path.unlink(missing_ok=True)
                 raise
         except OSError as error:
-            self._can_share = False
-            logger.warning(
-                "%s has no room for rows (%s): hidden states come in files, which costs copies", self._directory, error
-            )
+            if not self._has_warned:
+                self._has_warned = True
+                logger.warning(
+                    "%s has no room for rows (%s): some hidden states come in files, which costs copies",
+                    *(self._directory, error),
+                )
             return None
         return _Block(path, fd, memory, pinned and _pin(memory))
 
 
 def _pin(memory: np.ndarray) -> bool:
     """Let the current GPU copy from it without a copy in between."""
-    error = int(torch.cuda.cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, 0))
+    error = int(torch.cuda.cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, _FOR_ALL_GPUS))
     if error:
         logger.warning(
             "rows of %.0f MB cannot be pinned (CUDA error %d): copies are slower", memory.nbytes / 1e6, error
@@ -178,7 +197,7 @@ def _is_memory(directory: Path) -> bool:
     """Whether files in it are in memory: on a disk those that stay would be written again and again."""
     device = directory.stat().st_dev
     wanted = f"{os.major(device)}:{os.minor(device)}"
-    for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines():
+    for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines():
         mount, _, kind = line.partition(" - ")
         if mount.split()[2] == wanted:
             return kind.split()[0] in ("tmpfs", "ramfs")

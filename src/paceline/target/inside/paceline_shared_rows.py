@@ -1,7 +1,8 @@
 """Memory of rows that paceline shares with an engine: runs in the engine's process, which needs nothing else of it.
 
-The id of a request may say where its hidden states go: `paceline-ID-7-row3.2048-...` is for the file `paceline-ID-row3`
-in the engine's directory, from the row's token 2048 on. The file is a row's states [T, L, H] and nothing else.
+The id of a request may say where its hidden states go: `paceline-ID-7-row3.2048.300-...` is for the file
+`paceline-ID-row3` in the engine's directory, there for 300 tokens from the row's token 2048 on. The file is a row's
+states [T, L, H] and nothing else.
 
 It has that name for one row only, and gets another one under a lock that forbids those who write into it: what comes
 late, for a row that was given up, finds no place, and never another row's.
@@ -9,7 +10,9 @@ late, for a row that was given up, finds no place, and never another row's.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import logging
 import mmap
 import os
 import re
@@ -22,8 +25,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_PLACE = re.compile(r"(paceline-[0-9a-f]{16})-\d+-(row\d+)\.(\d+)-")
+_PLACE = re.compile(r"(paceline-[0-9a-f]{16})-\d+-(row\d+)\.(\d+)\.(\d+)-")
 _LOOK_EVERY_S = 5.0
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +46,8 @@ class _Mapped:
         if _is_alive(self.client):
             return False
         for path in self.client.parent.glob(f"{self.client.name}-row*"):
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # gone, or not ours to remove
+                path.unlink()
         return True
 
 
@@ -51,11 +56,12 @@ class SharedRows:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._watcher: threading.Thread | None = None
         self._mapped: dict[tuple[int, int], _Mapped] = {}
         """By device and inode, which are nobody else's as long as the file is open."""
 
     def put(self, path: Path, first: int, states: Tensor) -> bool:
-        """Copy states to the place of their request; False where it names none that is there.
+        """Copy states to the place of their request; False where it names none that is there. Raises nothing.
 
         Args:
             path: of the file that would hold them; the id of the request is in its name.
@@ -63,29 +69,34 @@ class SharedRows:
             states: [n, L, H] on the host.
         """
         place = _PLACE.search(path.name)
-        if place is None:
+        if place is None or not len(states):
             return False
-        client = path.with_name(place[1])
-        row = path.with_name(f"{place[1]}-{place[2]}")
         try:
-            fd = os.open(row, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except OSError:  # the row is over, or is another user's
+            return self._put(path, place, first, states)
+        except OSError:  # the row is over, or gets its next name at this moment, or is another user's
             return False
+        except Exception:  # whoever waits for the states gets them in a file
+            _logger.exception("hidden states cannot be put to the place of %s", path.name)
+            return False
+
+    def _put(self, path: Path, place: re.Match[str], first: int, states: Tensor) -> bool:
+        row = path.with_name(f"{place[1]}-{place[2]}")
+        start, length = int(place[3]), int(place[4])
+        fd = os.open(row, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
             if not os.path.samestat(os.fstat(fd), row.stat()):
                 return False
             source = states.contiguous().view(torch.uint8).numpy().reshape(-1)
-            token_bytes = source.nbytes // len(states)
-            begin = (int(place[3]) + first) * token_bytes
-            memory = self._memory(fd, client)
-            if begin + source.nbytes > memory.nbytes:
+            begin = (start + first) * (source.nbytes // len(states))
+            memory = self._memory(fd, path.with_name(place[1]))
+            if first + len(states) > length or begin + source.nbytes > memory.nbytes:
                 return False
-            np.copyto(memory[begin : begin + source.nbytes], source)
+            np.copyto(memory[begin : begin + source.nbytes], source)  # other threads run meanwhile
             return True
-        except OSError:  # it is getting its next name
-            return False
         finally:
+            # By name: a process that was forked meanwhile has the file open, too.
+            fcntl.flock(fd, fcntl.LOCK_UN)
             os.close(fd)
 
     def num_mapped(self) -> int:
@@ -101,11 +112,15 @@ class SharedRows:
             if key not in self._mapped:
                 # An open file of its own: with a copy of `fd` it would share the lock.
                 own = os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
-                flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
-                memory = np.frombuffer(mmap.mmap(own, status.st_size, flags), np.uint8)
-                if not self._mapped:
-                    threading.Thread(target=self._watch, name="paceline-shared-rows", daemon=True).start()
+                try:
+                    memory = np.frombuffer(mmap.mmap(own, status.st_size), np.uint8)
+                except BaseException:
+                    os.close(own)
+                    raise
                 self._mapped[key] = _Mapped(memory, own, client)
+                if self._watcher is None or not self._watcher.is_alive():
+                    self._watcher = threading.Thread(target=self._watch, name="paceline-shared-rows", daemon=True)
+                    self._watcher.start()
             return self._mapped[key].memory
 
     def _watch(self) -> None:
@@ -118,6 +133,7 @@ class SharedRows:
                         del self._mapped[key]
                         os.close(mapped.fd)
                 if not self._mapped:
+                    self._watcher = None
                     return
 
 

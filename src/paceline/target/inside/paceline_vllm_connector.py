@@ -7,6 +7,7 @@ arguments are the same in 0.24, 0.25, 0.26 and 0.32; where they have changed, vL
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 from pathlib import Path
@@ -74,13 +75,11 @@ class OurConnector(ExampleHiddenStatesConnector):
     def _write_tensors(
         self, tensors: dict[str, torch.Tensor], event: torch.cuda.Event | _CopyOver, filename: str, lock_fd: int | None
     ) -> None:
-        try:
+        with contextlib.suppress(RuntimeError):  # a GPU's: vLLM's own part meets it again, and lets go of the lock
             event.synchronize()
             states = tensors["hidden_states"]
             if _shared_rows.put(Path(filename), 0, states):
                 tensors = {"placed": states[:0], "token_ids": tensors["token_ids"]}
-        except Exception:  # whoever waits for the file must get it
-            _logger.exception("hidden states of %s cannot be written to their place", filename)
         draft = self._vllm_config.speculative_config.draft_model_config.hf_config
         layer_ids = torch.tensor(draft.eagle_aux_hidden_state_layer_ids, dtype=torch.int64)
         super()._write_tensors(tensors | {"layer_ids": layer_ids}, event, filename, lock_fd)

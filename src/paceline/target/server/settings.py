@@ -30,8 +30,8 @@ class ServerSettings:
     """Rows of one session in the engine or on their way out. Two are in the engine and one is being sent, so that the
     engine works while a row travels; a client that stops reading holds no more features than these."""
     max_unsent_tokens: int = 0
-    """Up to so many tokens there may be more of these rows than `max_unsent_rows`, as many as `max_queued_rows`: for
-    an engine that computes documents of many rows at once."""
+    """Up to so many tokens there may be more of these rows, as many as `max_queued_rows`: for an engine that computes
+    documents of many rows at once. A client that stops reading holds the features of as many."""
     max_unsent_bytes: int = 8 << 30
     """The same in bytes of features; a larger row is computed alone. A p2p channel has room for as much again."""
     kept: KeptBounds = field(default_factory=KeptBounds)
