@@ -85,7 +85,7 @@ class HostBuffers:
 
     def reserve(self, num_bytes: int) -> HostBuffer:
         """Memory for a row; what stands in it is what stood there before."""
-        size = _block_size(num_bytes)
+        size = block_size(num_bytes)
         with self._lock:
             self._collect()
             block = self._take_free(size)
@@ -141,7 +141,7 @@ class HostBuffers:
         return block[begin : begin + size]
 
 
-def _block_size(num_bytes: int) -> int:
+def block_size(num_bytes: int) -> int:
     """At most an eighth more: rows of nearly the same size share their blocks."""
     step = max(_SMALLEST_BLOCK, 1 << max(0, num_bytes.bit_length() - 4))
     return max(1, -(-num_bytes // step)) * step

@@ -20,10 +20,10 @@ import numpy as np
 import torch
 
 from paceline.target.engines.interface import RowMemory
+from paceline.transport.buffers import block_size
 
 logger = logging.getLogger(__name__)
 
-_SMALLEST_BLOCK = 4096
 _FOR_ALL_GPUS = 1
 """cudaHostRegisterPortable"""
 
@@ -158,9 +158,7 @@ class SharedRows:
 
     def _make(self, num_bytes: int, pinned: bool) -> _Block | None:
         """A new file, of memory that is there: to write into what is not would end the engine. None for no room."""
-        step = max(_SMALLEST_BLOCK, 1 << max(0, num_bytes.bit_length() - 4))
-        size = -(-num_bytes // step) * step  # rows of nearly the same size fit, too
-        path = self._next_path()
+        size, path = block_size(num_bytes), self._next_path()
         try:
             if 2 * size > shutil.disk_usage(self._directory).free:
                 raise OSError(f"{size / 1e6:.0f} MB would be more than half of what is free")
