@@ -237,10 +237,12 @@ class Relay:
 
 
 @contextmanager
-def relayed(kind: str, engine: SmallEngine, directory: Path, **pool: object) -> Iterator[tuple[Connection, Relay]]:
+def relayed(
+    kind: str, engine: SmallEngine, directory: Path, stall_timeout_s: float = 2.0, **pool: object
+) -> Iterator[tuple[Connection, Relay]]:
     with serve(engine) as server:
         relay = Relay(server.url)
-        transport = {"kind": kind, "directory": str(directory), "stall_timeout_s": 0.5}
+        transport = {"kind": kind, "directory": str(directory), "stall_timeout_s": stall_timeout_s}
         connection = connect(relay.url, transport=transport, pool=pool)
         connection.open_session(ONE)
         try:
@@ -286,7 +288,7 @@ def test_damaged_bytes_are_noticed_and_the_connection_serves_on(kind: str, tmp_p
 
 @pytest.mark.parametrize("kind", REMOTE)
 def test_a_reply_that_stands_still_is_lost_in_time(kind: str, tmp_path: Path) -> None:
-    with relayed(kind, RandomEngine(), tmp_path) as (connection, relay):
+    with relayed(kind, RandomEngine(), tmp_path, stall_timeout_s=1.0) as (connection, relay):
 
         def half(data: bytes) -> bytes:
             relay.change = lambda other: None

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -334,3 +335,15 @@ def test_what_a_server_writes_after_its_client_has_ended_goes_too(
 def test_a_directory_that_nobody_may_write_to_is_named(tmp_path: Path) -> None:
     with pytest.raises(TargetError, match=r"nowhere, where the engine writes hidden states"):
         OwnFiles(tmp_path / "nowhere")
+
+
+def test_a_directory_that_is_gone_with_its_engine_costs_rows_that_can_be_asked_for_elsewhere(
+    address: EngineAddress, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever started the engine removes it, at whatever moment of a request."""
+    with contextlib.closing(VLLMRequests(address)) as requests:
+        shutil.rmtree(address.directory)
+        with pytest.raises(TransportError, match=r"vLLM at http.*No such file or directory"):
+            requests.capture(np.arange(4, dtype=np.int32))
+        assert requests.reserve(100, 2, torch.float32, pinned=False).label == ""
+    assert "room" not in caplog.text

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from paceline.errors import CaptureMismatchError
+from paceline.errors import CaptureMismatchError, TransportError
 from paceline.target.engines.http_calls import EngineCalls
 from paceline.target.engines.interface import CapturedDocument, EngineAddress, Place, RowMemory
 from paceline.target.engines.own_files import OwnFiles
@@ -50,10 +50,14 @@ class DocumentRequests(ABC):
             TransportError: the server or its files are gone; asking again, or another server, can help.
             TargetError: the server refused.
         """
-        self._files.sweep()
         name = self._files.new_name("" if place is None else place.label)
         try:
+            self._files.sweep()
             return self._capture(tokens.tolist(), name, place)
+        except OSError as error:  # the directory goes with its engine, at any moment
+            raise TransportError(
+                f"files of {self.name} in {self._directory} cannot be read or removed ({error}): did it end?"
+            ) from error
         finally:
             self._files.finish(name)
 

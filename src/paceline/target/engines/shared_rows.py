@@ -170,6 +170,8 @@ class SharedRows:
                 os.close(fd)
                 path.unlink(missing_ok=True)
                 raise
+        except FileNotFoundError:  # the directory went with its engine, as requests will say
+            return None
         except OSError as error:
             if not self._has_warned:
                 self._has_warned = True
