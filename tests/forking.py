@@ -39,7 +39,7 @@ class Command:
         assert code is not None, f"still running after {timeout_s} s:\n{self.output}"
         return int(code)
 
-    def wait_until(self, condition: Callable[[], bool], timeout_s: float = 120.0) -> bool:
+    def wait_until(self, condition: Callable[[], bool], timeout_s: float = 60.0) -> bool:
         """Whether the condition came true before the command ended."""
         deadline = time.monotonic() + timeout_s
         while not condition():

@@ -89,7 +89,7 @@ def test_on_a_cluster_of_its_own_a_run_is_the_one_that_it_is_without_ray(
     changes["transport__directory"] = str(features(tmp_path / "run"))
     config = run_config(tmp_path / "run", Path(inline.target.model), Path(inline.data.train).parent, **changes)
     command = start(commands, config)
-    assert command.wait_until(lambda: num_steps(config) > 1), command.output
+    assert command.wait_until(lambda: num_steps(config) > 1, 120), command.output
     pids = [started(command, "server-0"), started(command, "trainer-0")]
     actors = [parent_of(pid) for pid in pids]
     words = Path(f"/proc/{pids[1]}/cmdline").read_bytes().decode().split("\0")
